@@ -1,0 +1,50 @@
+"""gammaopt: tune the richness. Learning rates that follow the feature-learning strength γ.
+
+    import gammaopt
+
+    model = gammaopt.wrap(net, gamma=3.0, example_inputs=x)              # f = (h − h₀)/γ
+    optimizer = gammaopt.SGD(model.parameters(), lr=0.1, momentum=0.9)   # lr is the rate tuned at γ = 1
+
+Importing this package imports torch and numpy and nothing else, and those only when a name below is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from gammaopt._errors import MissingExtraError as MissingExtraError
+from gammaopt._errors import UsageError as UsageError
+from gammaopt._laws import EtaLaw as EtaLaw
+
+if TYPE_CHECKING:
+    from gammaopt._depth import effective_depth as effective_depth
+    from gammaopt._plan import Plan as Plan
+    from gammaopt._wrap import unwrap as unwrap
+    from gammaopt._wrap import wrap as wrap
+    from gammaopt.optim import SGD as SGD
+
+__version__ = "0.1.0"
+
+__all__ = ["SGD", "EtaLaw", "MissingExtraError", "Plan", "UsageError", "effective_depth", "unwrap", "wrap"]
+
+# Names that need torch, and where they live: importing torch takes seconds, and the command line's --help none.
+_LAZY = {
+    "SGD": "gammaopt.optim",
+    "Plan": "gammaopt._plan",
+    "effective_depth": "gammaopt._depth",
+    "unwrap": "gammaopt._wrap",
+    "wrap": "gammaopt._wrap",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'gammaopt' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,60 @@
+"""Errors a user can cause: one line that names the value and the fix.
+
+They are ordinary ``ValueError``/``ImportError`` to a program; the command line turns exactly these into one
+line on stderr and exit code 2, so that a bug in the package is never mistaken for a user's mistake.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class UsageError(ValueError):
+    """A value the caller can mend; the message names it and says how."""
+
+
+class MissingExtraError(ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+def positive(name: str, value: float) -> float:
+    """Return ``value`` as a float, or raise :class:`UsageError` unless it is finite and > 0."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise UsageError(f"{name}={value!r} is not a number; give a finite {name} > 0") from None
+    if not (math.isfinite(number) and number > 0):
+        raise UsageError(f"{name}={number:g} is not allowed; give a finite {name} > 0")
+    return number
+
+
+def at_least(name: str, value: int, minimum: int) -> int:
+    """Return ``value``, or raise :class:`UsageError` unless it is an integer >= ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UsageError(f"{name}={value!r} is not a whole number; give an integer >= {minimum}")
+    if value < minimum:
+        raise UsageError(f"{name}={value} is too small; give at least {minimum}")
+    return value
+
+
+def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
+    """Return ``value``, or raise :class:`UsageError` unless it is one of ``allowed``."""
+    names = list(allowed)
+    if value not in names:
+        raise UsageError(f"unknown {name} {value!r}; choose one of: {', '.join(names)}")
+    return value
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import ``module``, or raise :class:`MissingExtraError` with the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise
+        raise MissingExtraError(
+            f"this needs the package {error.name!r}, which is not installed; run: pip install 'gammaopt[{extra}]'"
+        ) from None

@@ -1,0 +1,146 @@
+r"""The laws of the best learning rate across the feature-learning strength γ. Pure numbers, no torch.
+
+For f = (h − h₀)/γ the best rate follows η*(γ) = η*(1)·s(γ), a power below the knee γ_c and another above it:
+
+    s(γ) = ψ(γ/γ_c) / ψ(1/γ_c),    ψ(x) = x^lazy for x ≤ 1,   x^rich for x ≥ 1
+
+    optimizer             loss            lazy    rich
+    SGD (any momentum)    MSE             2       2/L
+    SGD (any momentum)    cross-entropy   1       2/L
+    Adam, AdamW           any             1       1/L
+
+Source: Atanasov, Meterez, Simon, Pehlevan, "The Optimization Landscape of SGD Across the Feature Learning
+Strength", ICLR 2025 (arXiv 2410.04642) for SGD. The exponents for Adam, the cross-entropy exponent and the knee
+are this project's own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal, get_args
+
+from gammaopt._errors import UsageError, one_of, positive
+
+OptimizerFamily = Literal["sgd", "adam"]
+Loss = Literal["mse", "cross_entropy"]
+
+
+@dataclass(frozen=True)
+class EtaLaw:
+    r"""How the best learning rate and the time to learn change with γ.
+
+    Under cross-entropy and SGD the lazy exponent is 1, not 2. Training stays kernel-like up to rates ∝ γ², but the
+    largest stable rate, and the best one at a finite budget, is ∝ γ: the residual p − y is bounded by 1, so one step
+    moves a weight by at most about η/γ and the weights stay put as long as η ≲ γ, and a softmax that overshoots
+    recovers. ``lazy_exponent=2`` selects the kernel-regime law.
+
+    Args:
+        depth: L, the degree of homogeneity of the network's output in its parameters; :func:`effective_depth`
+            measures it. A plain ReLU network with L weight layers has depth L.
+        optimizer: family of the update: ``"sgd"`` or ``"adam"``.
+        loss: ``"mse"`` or ``"cross_entropy"``.
+        knee: γ_c, where lazy turns rich. 1 for a network in mean-field form.
+        lazy_exponent: exponent for γ < γ_c; ``None`` takes the table above.
+
+    Raises:
+        UsageError: for a depth, knee or exponent that is not finite and positive, or an unknown name.
+
+    Example:
+        >>> law = EtaLaw(depth=3)
+        >>> round(law.factor(1000.0), 6), round(law.factor(0.1), 6)
+        (100.0, 0.01)
+        >>> round(law.lr(0.5, 8.0), 6)
+        2.0
+        >>> round(law.gamma_max(steps=1000, at_one=100), 6)
+        1000.0
+    """
+
+    depth: float
+    optimizer: OptimizerFamily = "sgd"
+    loss: Loss = "mse"
+    knee: float = 1.0
+    _: KW_ONLY
+    lazy_exponent: float | None = None
+
+    def __post_init__(self) -> None:
+        positive("depth", self.depth)
+        positive("knee", self.knee)
+        one_of("optimizer", self.optimizer, get_args(OptimizerFamily))
+        one_of("loss", self.loss, get_args(Loss))
+        if self.lazy_exponent is not None:
+            positive("lazy_exponent", self.lazy_exponent)
+
+    @property
+    def lazy(self) -> float:
+        """The exponent of η* in γ below the knee."""
+        if self.lazy_exponent is not None:
+            return self.lazy_exponent
+        return 2.0 if (self.optimizer, self.loss) == ("sgd", "mse") else 1.0
+
+    @property
+    def rich(self) -> float:
+        """The exponent of η* in γ above the knee: 2/L for SGD, 1/L for Adam."""
+        return (2.0 if self.optimizer == "sgd" else 1.0) / self.depth
+
+    def _psi(self, x: float) -> float:
+        return math.pow(x, self.lazy if x <= 1 else self.rich)
+
+    def factor(self, gamma: float) -> float:
+        """s(γ) = η*(γ)/η*(1), so ``factor(1) == 1``. ``gamma`` > 0; no unit."""
+        return self._psi(positive("gamma", gamma) / self.knee) / self._psi(1.0 / self.knee)
+
+    def lr(self, base_lr: float, gamma: float) -> float:
+        """The rate to use at ``gamma`` when ``base_lr`` is the rate tuned at γ = 1."""
+        return positive("base_lr", base_lr) * self.factor(gamma)
+
+    def _plateau_exponent(self) -> tuple[float, float]:
+        """(q, c) of the plateau's growth 1 + c·(x^q − 1)/q with q = 1 − 2/L.
+
+        c = q for L ≥ 3 (the growth is x^q), c = 1 at L = 2 (1 + log x), c = 0 for L ≤ 1 (no growth). Measured
+        depths are not whole numbers, so between these anchors c is linear in q: the law has no jump at L = 2.
+        """
+        q = 1.0 - 2.0 / self.depth
+        return q, q if q >= 1 / 3 else 1.0 - 2.0 * q if q >= 0 else max(1.0 + q, 0.0)
+
+    def _plateau_growth(self, x: float) -> float:
+        if x <= 1 or self.optimizer == "adam":
+            return 1.0
+        q, c = self._plateau_exponent()
+        return 1.0 + c * (math.expm1(q * math.log(x)) / q if q != 0 else math.log(x))
+
+    def plateau_steps(self, gamma: float, at_one: float) -> float:
+        """Steps of the plateau before the loss falls, at the law's own rate.
+
+        SGD: ∝ γ^(1−2/L) above the knee for L ≥ 3, 1 + log γ at L = 2, constant at L = 1 and below the knee;
+        between whole depths under 3 the law is interpolated. Adam: does not grow with γ.
+
+        Args:
+            gamma: feature-learning strength, > 0.
+            at_one: the plateau's length at γ = 1, in steps, > 0.
+        """
+        growth = self._plateau_growth(positive("gamma", gamma) / self.knee)
+        return positive("at_one", at_one) * growth / self._plateau_growth(1.0 / self.knee)
+
+    def gamma_max(self, steps: float, at_one: float) -> float:
+        """The largest γ that a budget of ``steps`` can train: where :meth:`plateau_steps` reaches ``steps``.
+
+        ``inf`` where the plateau is bounded (Adam, L < 2).
+
+        Raises:
+            UsageError: if ``steps`` < ``at_one``: then not even γ = 1 leaves its plateau.
+        """
+        steps, at_one = positive("steps", steps), positive("at_one", at_one)
+        if steps < at_one:
+            raise UsageError(
+                f"steps={steps:g} is less than at_one={at_one:g}: γ = 1 itself is not trained; give steps >= {at_one:g}"
+            )
+        # Invert 1 + c·(x^q − 1)/q = growth; no x solves it where the growth is bounded.
+        growth = steps / at_one * self._plateau_growth(1.0 / self.knee)
+        q, c = self._plateau_exponent()
+        if self.optimizer == "adam" or c == 0:
+            return math.inf
+        excess = (growth - 1.0) / c
+        log_x = excess if q == 0 else math.log1p(q * excess) / q if q * excess > -1 else math.inf
+        # A plateau as long as the one at γ = 1 is shared by every γ below the knee: γ = 1 is always trainable.
+        return max(1.0, self.knee * math.exp(log_x) if log_x < 700 else math.inf)

@@ -1,0 +1,61 @@
+"""Live wrapped models, so that an optimizer given bare parameters finds the plan they belong to.
+
+Nothing is written on a parameter: tags there are lost by deepcopy, ``load_state_dict(assign=True)``, ``to_empty``
+and sharding. Models are held weakly and asked for their *current* parameters whenever an optimizer is built.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from gammaopt._errors import UsageError
+
+if TYPE_CHECKING:
+    from gammaopt._plan import Plan
+
+# Keyed by id, not by the module: a module may define __eq__ and so be unhashable.
+_live: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Where a parameter lives: its wrapped model's plan and its name there."""
+
+    plan: Plan
+    name: str
+
+
+def register(model: nn.Module) -> None:
+    """Remember a wrapped model for as long as it lives."""
+    _live[id(model)] = model
+
+
+def forget(model: nn.Module) -> None:
+    """Drop a model that is no longer wrapped."""
+    _live.pop(id(model), None)
+
+
+def owners(parameters: Sequence[Tensor]) -> list[Owner | None]:
+    """For each parameter the wrapped model that holds it, or ``None``.
+
+    Raises:
+        UsageError: if two wrapped models share one of the parameters, so that its rate would be ambiguous.
+    """
+    wanted = {id(parameter) for parameter in parameters}
+    found: dict[int, Owner] = {}
+    for model in list(_live.values()):
+        plan: Plan = model.gammaopt  # type: ignore[assignment]
+        for name, parameter in model.named_parameters():
+            if id(parameter) not in wanted:
+                continue
+            if id(parameter) in found:
+                raise UsageError(
+                    f"parameter {name!r} {tuple(parameter.shape)} belongs to two wrapped models; unwrap one of them"
+                )
+            found[id(parameter)] = Owner(plan, name)
+    return [found.get(id(parameter)) for parameter in parameters]

@@ -1,0 +1,201 @@
+"""The command line. torch is imported inside commands only, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from gammaopt._errors import MissingExtraError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gammaopt.tuning import Progress, TuneResult
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Tune the richness: hyperparameter transfer across the feature-learning strength γ.",
+)
+
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        from gammaopt import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def tasks() -> None:
+    """List the bundled tasks."""
+    with _usage_errors():
+        from gammaopt.online.tasks import TASKS
+
+        width = max(map(len, TASKS))
+        for task in TASKS.values():
+            typer.echo(f"{task.name:{width}}  {task.summary}; losses: {', '.join(task.losses)}; {task.steps} steps")
+
+
+@app.command()
+def tune(
+    task: Annotated[str, typer.Argument(help="Task to study; `gammaopt tasks` lists them.")],
+    loss: Annotated[str | None, typer.Option(help="mse or cross_entropy.", show_default="the task's")] = None,
+    optimizer: Annotated[str, typer.Option(help="Optimizer: sgd.")] = "sgd",
+    steps: Annotated[int | None, typer.Option(help="Batches in each run.", show_default="the task's")] = None,
+    trials: Annotated[int, typer.Option(help="Cells (γ, η) to try, and as many rates at γ = 1.")] = 32,
+    seeds: Annotated[int, typer.Option(help="Seeds averaged in each trial.")] = 3,
+    confirm_seeds: Annotated[int, typer.Option(help="Fresh seeds for the confirmation.")] = 12,
+    gamma_range: Annotated[
+        tuple[float, float], typer.Option(metavar="LO HI", help="Lowest and highest γ searched.")
+    ] = (0.01, 100.0),
+    storage: Annotated[
+        str | None, typer.Option(metavar="URL", help="Optuna storage.", show_default="SQLite in the study's folder")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the study.", show_default="runs/TASK-LOSS-OPTIMIZER-STEPS")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, …")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Base of every random choice.")] = 0,
+    jobs: Annotated[
+        int | None, typer.Option(help="Processes to train in.", show_default="one per core; 1 on an accelerator")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+) -> None:
+    """Tune γ on a task, then confirm on fresh seeds: does it beat γ = 1 at the same budget?
+
+    Goes on where it stopped if it is started again with the same options.
+    """
+    with _usage_errors():
+        from gammaopt.tuning import StudyPlan
+        from gammaopt.tuning import tune as run
+
+        plan = StudyPlan(
+            task, loss, optimizer, steps, trials, seeds, confirm_seeds, gamma_range, seed, device
+        )  # fmt: skip
+        folder = out or Path("runs") / plan.folder
+        if jobs is None:
+            jobs = len(os.sched_getaffinity(0)) if device == "cpu" else 1
+        finished = (folder / "report.html").exists()
+        with _progress(quiet) as show:
+            result = run(plan, folder, storage=storage, jobs=jobs, on_progress=show)
+        _tell(result, folder, finished, json, quiet)
+
+
+def _tell(result: TuneResult, folder: Path, finished: bool, json: bool, quiet: bool) -> None:
+    console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+    if finished:
+        console.print("This study was finished before; only its report was written again.")
+    for note in result.notes:
+        console.print(f"Note: {note}.", markup=False)
+    if json:
+        sys.stdout.write(result.to_json())
+    else:
+        typer.echo(result.in_words())
+    console.print(f"Report: {folder / 'report.html'}", markup=False)
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """A user's mistake is one line and exit code 2; Ctrl-C says how to go on."""
+    try:
+        yield
+    except (UsageError, MissingExtraError) as error:
+        typer.echo(f"gammaopt: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("\ngammaopt: stopped; run the same command again to go on", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
+    """What shows a study's progress on stderr: a bar on a terminal, plain lines elsewhere, nothing if quiet."""
+    console = Console(stderr=True)
+    if quiet:
+        yield lambda _: None
+    elif console.is_terminal:
+        with _bar(console) as show:
+            yield show
+    else:
+        yield _PlainLines(console)
+
+
+def _best(progress: Progress) -> str:
+    best = progress.best
+    return "" if best is None else f"best γ = {best.gamma:.3g}: {100 * best.score:.1f} %"
+
+
+_STAGES = {"tuned": "tuning γ", "one_equal_budget": "γ = 1", "confirm": "confirming"}
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[Callable[[Progress], None]]:
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns: tuple[Any, ...] = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(bar_width=14),
+        TextColumn("{task.fields[trials]}"),
+        TextColumn("{task.fields[best]}"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=console, transient=True) as bar:
+        row = bar.add_task("starting", total=None, trials="", best="")
+        start: int | None = None
+
+        def show(progress: Progress) -> None:
+            nonlocal start
+            if start is None:
+                # Runs finished by an earlier process must not count as speed.
+                start = progress.runs - progress.new_runs
+                bar.reset(row, total=progress.runs_total - start)
+            bar.update(
+                row,
+                description=_STAGES[progress.stage],
+                completed=progress.runs - start,
+                trials=f"{progress.trials}/{progress.trials_total} trials",
+                best=_best(progress),
+            )
+
+        yield show
+
+
+class _PlainLines:
+    """One line for each tenth of the study, for logs."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._tenth = console, -1
+
+    def __call__(self, progress: Progress) -> None:
+        tenth = 10 * progress.runs // progress.runs_total
+        if tenth == self._tenth:
+            return
+        self._tenth = tenth
+        self._console.print(
+            f"{10 * tenth} % · {_STAGES[progress.stage]} · {progress.trials}/{progress.trials_total} trials · "
+            f"{_best(progress)}".rstrip(" ·"),
+            highlight=False,
+            markup=False,
+        )
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

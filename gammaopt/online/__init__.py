@@ -1,0 +1,30 @@
+"""One-pass training: streams of fresh batches, the paper's models, one run, and the record it leaves.
+
+Data flows one way: a stream gives batches, :func:`train` consumes them, a :class:`RunRecord` comes out.
+"""
+
+from gammaopt.online.models import MLP as MLP
+from gammaopt.online.record import Curve as Curve
+from gammaopt.online.record import RunRecord as RunRecord
+from gammaopt.online.streams import Digits as Digits
+from gammaopt.online.streams import Staircase as Staircase
+from gammaopt.online.streams import Stream as Stream
+from gammaopt.online.tasks import TASKS as TASKS
+from gammaopt.online.tasks import Task as Task
+from gammaopt.online.tasks import get_task as get_task
+from gammaopt.online.train import Recipe as Recipe
+from gammaopt.online.train import train as train
+
+__all__ = [
+    "MLP",
+    "TASKS",
+    "Curve",
+    "Digits",
+    "Recipe",
+    "RunRecord",
+    "Staircase",
+    "Stream",
+    "Task",
+    "get_task",
+    "train",
+]

@@ -1,0 +1,76 @@
+"""What a stream is, the random generator of one of its batches, and a stream kept in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Split = Literal["train", "held_out"]
+
+
+class Stream(Protocol):
+    """An endless source of samples.
+
+    Attributes:
+        name: short name, part of every record.
+        shape: shape of one input.
+        classes: number of classes, or 0 for a regression stream with one float target.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    classes: int
+
+    def batches(self, seed: int, start: int, stop: int, size: int, split: Split = "train") -> tuple[Tensor, Tensor]:
+        """Batches ``start`` … ``stop`` − 1 of a seed: inputs (steps, size, *shape), targets (steps, size).
+
+        Each batch depends on (seed, step, size, split) only. Targets are int64 classes, or floats.
+        """
+        ...
+
+
+def generator(seed: int, step: int, split: Split) -> torch.Generator:
+    """The random generator of one batch; seeds that differ in any part give unrelated draws."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{split}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+class Batches:
+    """The training batches of one seed of a stream on a device, made in chunks when first asked for.
+
+    Runs that share a seed share their batches, so a whole pass is kept if it fits in ``keep_bytes``: making it once
+    serves every (γ, η) of that seed. A longer pass keeps one chunk at a time.
+    """
+
+    CHUNK = 64  # steps made together: one call of the vectorised stream
+
+    def __init__(
+        self,
+        stream: Stream,
+        seed: int,
+        steps: int,
+        size: int,
+        device: torch.device | str = "cpu",
+        keep_bytes: int = 256 * 2**20,
+    ) -> None:
+        self.stream, self.seed, self.steps, self.size, self.device = stream, seed, steps, size, device
+        self._keep_all = 4 * steps * size * math.prod(stream.shape) <= keep_bytes
+        self._chunks: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs (size, *shape) and targets (size,) of step 0 ≤ ``step`` < ``steps``."""
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} is outside 0 … {self.steps - 1}")
+        chunk, offset = divmod(step, self.CHUNK)
+        if chunk not in self._chunks:
+            if not self._keep_all:
+                self._chunks.clear()
+            start = chunk * self.CHUNK
+            inputs, targets = self.stream.batches(self.seed, start, min(start + self.CHUNK, self.steps), self.size)
+            self._chunks[chunk] = inputs.to(self.device), targets.to(self.device)
+        inputs, targets = self._chunks[chunk]
+        return inputs[offset], targets[offset]

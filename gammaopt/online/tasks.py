@@ -1,0 +1,65 @@
+"""The bundled tasks: what ``gammaopt tasks`` lists and ``gammaopt tune TASK`` studies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from gammaopt._errors import one_of
+from gammaopt._laws import Loss
+from gammaopt.online.models import MLP
+from gammaopt.online.streams import Digits, Stream
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named stream with a network for it, and where to start looking for its rate.
+
+    Attributes:
+        name: what a user types.
+        summary: one line for the list of tasks.
+        stream: makes the stream.
+        build: makes a fresh network.
+        depth: effective depth of that network.
+        losses: losses it can be trained with, the default first.
+        base_lr: loss → a rate that trains at γ = 1 in mean-field form. Only the centre of the searched range, five
+            octaves on either side, for every γ alike.
+        steps, batch_size: default budget.
+    """
+
+    name: str
+    summary: str
+    stream: Callable[[], Stream]
+    build: Callable[[], nn.Module]
+    depth: float
+    losses: tuple[Loss, ...]
+    base_lr: dict[str, float] = field(hash=False)
+    steps: int = 1000
+    batch_size: int = 32
+
+
+def _digits_mlp() -> nn.Module:
+    return MLP(144, 10, width=64, depth=3)
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in [
+        Task(
+            name="digits",
+            summary="augmented scikit-learn digits on a 12×12 canvas, 3-layer MLP of width 64",
+            stream=lambda: Digits(),
+            build=_digits_mlp,
+            depth=3.0,
+            losses=("cross_entropy", "mse"),
+            base_lr={"cross_entropy": 2.0, "mse": 16.0},
+        ),
+    ]
+}
+
+
+def get_task(name: str) -> Task:
+    """The task called ``name``. Raises :class:`UsageError` that lists the known ones."""
+    return TASKS[one_of("task", name, TASKS)]

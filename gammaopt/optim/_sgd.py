@@ -1,0 +1,122 @@
+r"""SGD with γ-aware rates: torch's SGD, stepped with lr·m on each parameter.
+
+With weight decay λ the step is  w ← w − lr·m·(∇w + (λ/m)·w) = w − lr·m·∇w − lr·λ·w,  so lr·λ stays what the user
+set. Momentum and Nesterov act on that same gradient, as in torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
+from torch.optim.sgd import sgd
+
+from gammaopt._errors import positive
+from gammaopt._laws import Loss, OptimizerFamily
+from gammaopt.optim._multipliers import Multipliers
+
+
+class SGD(Multipliers, torch.optim.SGD):
+    """Drop-in ``torch.optim.SGD``: ``lr`` is the rate tuned at γ = 1, each parameter is stepped with its own share.
+
+    The rates come from the model that holds the parameters, wrapped by :func:`gammaopt.wrap` before. For parameters
+    of no wrapped model give ``gamma`` and ``depth``: then all of them are stepped with lr·s(γ).
+
+    Args:
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused:
+            as in ``torch.optim.SGD``, in the same order. ``lr`` must be > 0 here; a scheduler may set it to 0 later.
+        gamma: feature-learning strength, for parameters of no wrapped model.
+        depth: effective depth, together with ``gamma``.
+        loss: ``"mse"`` or ``"cross_entropy"``, together with ``gamma``; it matters for γ < 1 only.
+        knee: γ_c, together with ``gamma``.
+
+    Raises:
+        UsageError: a ``ValueError``, for ``lr`` ≤ 0, or for parameters whose γ is not known.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = SGD([weight], lr=0.1, gamma=8.0, depth=3)
+        >>> round(optimizer.effective_lrs()["parameter 0"], 6), optimizer.param_groups[0]["lr"]
+        (0.4, 0.1)
+    """
+
+    _family: OptimizerFamily = "sgd"  # type: ignore[misc]
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        gamma: float | None = None,
+        depth: float | None = None,
+        loss: Loss = "mse",
+        knee: float = 1.0,
+    ) -> None:
+        positive("lr", float(lr) if isinstance(lr, Tensor) else lr)
+        self._set_law(gamma, depth, loss, knee)
+
+        torch.optim.SGD.__init__(
+            self,
+            params,
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; with ``closure``, after evaluating it. Returns the closure's loss, or ``None``."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for index, group in enumerate(self.param_groups):
+            self._step_group(index, group)
+        return loss
+
+    def _step_group(self, index: int, group: dict[str, Any]) -> None:
+        parameters: list[Tensor] = []
+        gradients: list[Tensor] = []
+        buffers: list[Tensor | None] = []
+        has_sparse_grad = self._init_group(group, parameters, gradients, buffers)
+        momentum = group["momentum"] != 0
+        for multiplier, members in self._buckets(index).items():
+            of_bucket = [buffers[i] for i in members] if momentum else []
+            sgd(
+                [parameters[i] for i in members],
+                [gradients[i] for i in members],
+                of_bucket,
+                # lr is never changed in place: a tensor lr is shared with the scheduler.
+                lr=group["lr"] * multiplier,
+                weight_decay=group["weight_decay"] / multiplier,
+                momentum=group["momentum"],
+                dampening=group["dampening"],
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+                has_sparse_grad=has_sparse_grad,
+                foreach=group["foreach"],
+                fused=group["fused"],
+                grad_scale=getattr(self, "grad_scale", None),
+                found_inf=getattr(self, "found_inf", None),
+            )
+            if momentum:
+                for i, buffer in zip(members, of_bucket, strict=True):
+                    self.state[parameters[i]]["momentum_buffer"] = buffer

@@ -1,0 +1,8 @@
+"""Figures and the one-file HTML report of a study."""
+
+from gammaopt.report._figures import gamma_curve as gamma_curve
+from gammaopt.report._figures import loss_curves as loss_curves
+from gammaopt.report._figures import plane as plane
+from gammaopt.report._html import html_report as html_report
+
+__all__ = ["gamma_curve", "html_report", "loss_curves", "plane"]

@@ -1,0 +1,120 @@
+"""The three figures of a study: accuracy against γ, the (γ, η) plane, and the loss in time."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gammaopt.online.record import RunRecord
+from gammaopt.tuning._result import TuneResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TUNED, ONE, FAINT = "#b5433a", "#2f6690", "#9aa5ad"
+SIZE = (7.2, 4.0)
+SHOWN_POINTS = 20.0  # of accuracy below the best, in the figures
+
+
+def _figure() -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    return figure, axes
+
+
+def gamma_curve(result: TuneResult) -> Figure:
+    """Accuracy against γ: every trial of the search, and the paired fresh seeds of tuned γ and γ = 1."""
+    figure, axes = _figure()
+    searched = [t for t in result.trials if not t.diverged]
+    for arm, colour, label in (("tuned", TUNED, "trials over γ"), ("one_equal_budget", ONE, "trials at γ = 1")):
+        mine = [t for t in searched if t.arm == arm]
+        axes.scatter(
+            [t.gamma for t in mine], [100 * t.score for t in mine], s=14, color=colour, alpha=0.35, lw=0, label=label
+        )
+    tuned, one = result.arms["tuned"], result.arms["one_equal_budget"]
+    for a, b in zip(one.scores, tuned.scores, strict=True):
+        axes.plot([1.0, tuned.gamma], [100 * a, 100 * b], color=FAINT, lw=0.8, marker=".", ms=4, zorder=3)
+    for arm_, colour, label in ((tuned, TUNED, f"γ = {tuned.gamma:.3g}"), (one, ONE, "γ = 1")):
+        axes.plot(
+            [arm_.gamma], [100 * arm_.confirmed_score], "D", ms=8, color=colour, zorder=4, mec="white",
+            label=f"{label}, {len(arm_.scores)} fresh seeds: {100 * arm_.confirmed_score:.1f} %",
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel("feature-learning strength γ")
+    axes.set_ylabel("prequential accuracy in %")
+    # Far-off trials say little and would flatten the rest: they may leave the frame below, and are counted there.
+    scores = [100 * t.score for t in searched] + [100 * s for arm_ in (tuned, one) for s in arm_.scores]
+    bottom = max(min(scores) - 1, max(scores) - SHOWN_POINTS)
+    axes.set_ylim(bottom=bottom, top=max(scores) + 1)
+    below = sum(100 * t.score < bottom for t in searched)
+    axes.legend(
+        frameon=False, fontsize=8, loc="lower right", title=f"{below} trials lie below the frame", title_fontsize=8
+    )
+    return figure
+
+
+def plane(result: TuneResult) -> Figure:
+    """The trials in the (γ, η) plane with the law's line through the best rate found at γ = 1."""
+    figure, axes = _figure()
+    stable = [t for t in result.trials if not t.diverged]
+    diverged = [t for t in result.trials if t.diverged]
+    best = max((100 * t.score for t in stable), default=SHOWN_POINTS)
+    drawn = axes.scatter(
+        [t.gamma for t in stable], [t.effective_lr for t in stable], c=[100 * t.score for t in stable], s=34,
+        cmap="viridis", lw=0.4, edgecolors="white", zorder=3, vmin=best - SHOWN_POINTS, vmax=best,
+    )  # fmt: skip
+    if diverged:
+        axes.plot(
+            [t.gamma for t in diverged], [t.effective_lr for t in diverged], "x", color="#444444", ms=5,
+            label="diverged", zorder=3,
+        )  # fmt: skip
+    law, anchor = result.plan.law, result.arms["one_equal_budget"]
+    low, high = result.plan.gamma_range
+    gammas = np.geomspace(min(low, 1.0), max(high, 1.0), 200)
+    label = f"law: η ∝ γ^{law.lazy:g} below 1, γ^{law.rich:.3g} above"
+    axes.plot(gammas, [law.lr(anchor.lr, float(g)) for g in gammas], color=TUNED, lw=1.6, label=label, zorder=2)
+    for name, marker in (("tuned", "*"), ("one_equal_budget", "P")):
+        arm = result.arms[name]
+        axes.plot(
+            [arm.gamma], [arm.effective_lr], marker, ms=11, color="none", mec=TUNED, mew=1.4, ls="none", zorder=4,
+            label=f"chosen at γ = {arm.gamma:.3g}",
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("feature-learning strength γ")
+    axes.set_ylabel("learning rate η")
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    figure.colorbar(drawn, ax=axes, label="prequential accuracy in %", extend="min")
+    return figure
+
+
+def loss_curves(result: TuneResult) -> Figure:
+    """Online loss in time on the fresh seeds: mean and standard deviation, tuned γ against γ = 1."""
+    figure, axes = _figure()
+    for name, colour in (("one_equal_budget", ONE), ("tuned", TUNED)):
+        arm = result.arms[name]
+        steps, mean, spread = _mean_curve(result.runs[name])
+        axes.plot(steps, mean, color=colour, lw=1.8, label=f"γ = {arm.gamma:.3g}, η = {arm.effective_lr:.3g}")
+        axes.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.18, lw=0)
+    axes.set_xscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"online loss ({str(result.plan.loss).replace('_', ' ')})")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _mean_curve(runs: tuple[RunRecord, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, mean loss and standard deviation over runs, as far as all of them got before diverging."""
+    length = min(len(run.curve.steps) for run in runs)
+    losses = np.array([run.curve.loss[:length] for run in runs])
+    if not length:
+        return np.array([1.0]), np.array([math.nan]), np.array([math.nan])
+    return np.array(runs[0].curve.steps[:length]), losses.mean(0), losses.std(0)

@@ -1,0 +1,167 @@
+"""The folder of a study: what is in it, who may use it, and how a killed study finds what it had finished.
+
+study.json    the frozen plan, written first; the folder belongs to it
+runs.jsonl    one line for each finished run; a run found here is never trained again
+study.db      Optuna's SQLite storage, unless another storage was given
+result.json   the result, and report.html
+lock          held while a process works here
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from gammaopt._errors import UsageError
+from gammaopt.online.record import RunRecord
+from gammaopt.tuning._plan import StudyPlan
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run to do: a γ, the optimizer's ``lr``, and a seed."""
+
+    gamma: float
+    lr: float
+    seed: int
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` by a file with ``text``, whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
+def opened(path: Path, plan: StudyPlan) -> Iterator[Folder]:
+    """Take the folder for ``plan``: make it, or go on in it if it holds the same plan.
+
+    Raises:
+        UsageError: if it holds another study, other files, or a file that can't be read, or is in use. Nothing in it
+            is changed then.
+    """
+    _check_contents(path, plan)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / "lock", "a", encoding="utf-8")  # noqa: SIM115 - held until the study stops
+    except OSError as error:
+        raise UsageError(f"{path} can't be written: {error.strerror}; choose another folder with --out") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"{path} is in use by another process; wait for it, or choose another folder with --out"
+            ) from None
+        if not (path / "study.json").exists():
+            write_atomically(path / "study.json", json.dumps(plan.to_dict(), indent=2) + "\n")
+        folder = Folder(path)
+        try:
+            yield folder
+        finally:
+            folder.close()
+
+
+def _check_contents(path: Path, plan: StudyPlan) -> None:
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file; choose a folder with --out")
+    study = path / "study.json"
+    if not study.exists():
+        # A process killed before its plan was written leaves a lock and perhaps a half-written plan.
+        entries = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+        strangers = [name for name in entries if name != "lock" and not name.startswith(".study.json.")]
+        if strangers:
+            raise UsageError(
+                f"{path} holds other files ({', '.join(strangers[:3])}) and no study; choose an empty folder with --out"
+            )
+        return
+    try:
+        found = json.loads(study.read_text(encoding="utf-8"))
+        differing = [name for name, value in plan.to_dict().items() if name != "device" and found[name] != value]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{study} is not a readable study ({type(error).__name__}: {error}); "
+            "restore it, or choose another folder with --out"
+        ) from None
+    if differing:
+        name = differing[0]
+        raise UsageError(
+            f"{path} holds another study ({name}: {found[name]} there, {plan.to_dict()[name]} here); "
+            "choose another folder with --out"
+        )
+
+
+class Folder:
+    """An opened folder: the finished runs, and where the rest goes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._runs_path = path / "runs.jsonl"
+        self.runs = self._read_runs()
+        self._file: IO[str] | None = None
+
+    def _read_runs(self) -> dict[Cell, RunRecord]:
+        if not self._runs_path.exists():
+            return {}
+        content = self._runs_path.read_bytes()
+        whole, _, rest = content.rpartition(b"\n")
+        runs = {}
+        for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+            try:
+                record = RunRecord.from_dict(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UsageError(
+                    f"{self._runs_path} line {number} is not a run record ({type(error).__name__}); "
+                    "restore the file, or choose another folder with --out"
+                ) from None
+            runs[Cell(record.gamma, record.lr, record.seed)] = record
+        if rest:
+            # The process was killed while it wrote this line: that run was not finished.
+            with open(self._runs_path, "r+b") as file:
+                file.truncate(len(content) - len(rest))
+        return runs
+
+    def add(self, record: RunRecord) -> None:
+        """Keep a finished run: on disk before this returns."""
+        if self._file is None:
+            self._file = open(self._runs_path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._file.write(record.to_json() + "\n")
+        self._file.flush()
+        self.runs[Cell(record.gamma, record.lr, record.seed)] = record
+
+    def close(self) -> None:
+        """Close the file of runs."""
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a text file into the folder, whole or not at all."""
+        write_atomically(self.path / name, text)
+        return self.path / name
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file of the folder, or ``None`` if it is not there."""
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -1,0 +1,151 @@
+"""One arm's search: an Optuna study asked for a batch of trials at a time, each averaged over the tuning seeds.
+
+Half of the trials are Sobol points, the rest come from TPE: it ranks the trials it has seen, so the cliff at the edge
+of stability does not bend its model of everything else. No pruner: on plateau-then-drop curves every stock pruner
+kills the runs that win later. Seeds are never a sampled parameter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gammaopt._errors import UsageError, require
+from gammaopt.online.record import RunRecord
+from gammaopt.tuning._folder import Cell
+from gammaopt.tuning._plan import StudyPlan
+from gammaopt.tuning._result import Trial
+from gammaopt.tuning._space import Space
+
+if TYPE_CHECKING:
+    import optuna
+
+METRIC = "prequential_accuracy"
+BATCH = 4  # trials asked for together; fixed, so that the search does not depend on the number of workers
+
+Evaluate = Callable[[list[Cell]], dict[Cell, RunRecord]]
+
+
+@dataclass(frozen=True)
+class Search:
+    """One arm: its name, its space, and its number of trials."""
+
+    arm: str
+    space: Space
+    trials: int
+
+
+def open_storage(url: str) -> Any:
+    """Optuna's storage at ``url``.
+
+    Raises:
+        UsageError: if it can't be opened, e.g. a file that is no database.
+    """
+    optuna = require("optuna", "tune")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return optuna.storages.RDBStorage(url)
+    except Exception as error:  # SQLAlchemy, its driver and Optuna each have their own
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"the storage {url} can't be opened ({reason}); restore it, or choose another") from None
+
+
+def search(
+    plan: StudyPlan, arm: Search, storage: Any, evaluate: Evaluate, told: Callable[[Trial], None]
+) -> list[Trial]:
+    """Run the arm's study to its number of trials, going on where an earlier process stopped.
+
+    Args:
+        plan: the study's plan.
+        arm: what to search.
+        storage: from :func:`open_storage`.
+        evaluate: runs cells, and returns a record for each.
+        told: called with each trial when it is done, and at the start with those done before.
+
+    Returns:
+        The completed trials, in order.
+    """
+    with _as_usage_error():
+        optuna = require("optuna", "tune")
+        name = f"{plan.folder}-{plan.digest}/{arm.arm}"
+        study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+        if "plan" not in study.user_attrs:
+            study.set_user_attr("plan", plan.to_dict())
+        for stale in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+            # Its process is gone: this one holds the folder's lock. The same cell is proposed again.
+            study.tell(stale.number, state=optuna.trial.TrialState.FAIL)
+        done = _completed(study, plan, arm)
+        for before in done:
+            told(before)
+        start = arm.space.points(max(arm.trials // 2, min(BATCH, arm.trials)), seed=plan.seed)
+        while len(done) < arm.trials:
+            asked = _ask(study, arm, start, len(done), plan.seed)
+            cells = [[Cell(*arm.space.cell(t.params), seed) for seed in plan.tuning_seeds] for t in asked]
+            records = evaluate([cell for row in cells for cell in row])
+            for trial, row in zip(asked, cells, strict=True):
+                _tell(study, trial, [records[cell] for cell in row])
+            fresh = _completed(study, plan, arm)[len(done) :]
+            for made in fresh:
+                told(made)
+            done += fresh
+        return done
+
+
+def _ask(
+    study: optuna.Study, arm: Search, start: list[dict[str, float]], done: int, seed: int
+) -> list[optuna.trial.Trial]:
+    import optuna
+
+    distributions: dict[str, Any] = {
+        name: optuna.distributions.FloatDistribution(low, high) for name, (low, high) in arm.space.ranges().items()
+    }
+    # A new seed for every batch: a sampler made anew on resuming must not repeat its first points.
+    digest = hashlib.blake2b(f"{seed}/{arm.arm}/{done}".encode(), digest_size=4).digest()
+    study.sampler = optuna.samplers.TPESampler(n_startup_trials=0, seed=int.from_bytes(digest, "little"))
+    asked = []
+    for index in range(done, min(done + BATCH, arm.trials)):
+        if index < len(start):
+            study.enqueue_trial(start[index])
+        asked.append(study.ask(distributions))
+    return asked
+
+
+def _tell(study: optuna.Study, trial: optuna.trial.Trial, records: list[RunRecord]) -> None:
+    diverged = [record.seed for record in records if record.diverged_at is not None]
+    first = records[0]
+    for key, value in {"gamma": first.gamma, "lr": first.lr, "effective_lr": first.effective_lr}.items():
+        trial.set_user_attr(key, value)
+    trial.set_user_attr("scores", [getattr(record, METRIC) for record in records])
+    trial.set_user_attr("diverged_seeds", diverged)
+    trial.set_constraint("diverged", float(len(diverged)) or -1.0)
+    study.tell(trial, sum(getattr(record, METRIC) for record in records) / len(records))
+
+
+def _completed(study: optuna.Study, plan: StudyPlan, arm: Search) -> list[Trial]:
+    import optuna
+
+    done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    made = []
+    for trial in done[: arm.trials]:
+        gamma, lr = arm.space.cell(trial.params)
+        diverged = bool(trial.user_attrs["diverged_seeds"])
+        made.append(Trial(arm.arm, gamma, lr, plan.law.lr(lr, gamma), float(trial.value or 0.0), diverged))
+    return made
+
+
+@contextlib.contextmanager
+def _as_usage_error() -> Iterator[None]:
+    """A damaged database is the user's to restore, not a crash."""
+    import sqlalchemy.exc
+
+    optuna = require("optuna", "tune")
+    try:
+        yield
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise UsageError(
+            f"the study's storage can't be used ({reason}); restore it, or choose another folder with --out"
+        ) from None

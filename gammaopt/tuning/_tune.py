@@ -1,0 +1,221 @@
+"""``tune``: search the arms, choose, confirm on fresh seeds, and write the result and the report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gammaopt._errors import at_least, require
+from gammaopt.online.record import RunRecord
+from gammaopt.tuning._confirm import Confirmation, paired_t
+from gammaopt.tuning._folder import Cell, Folder, opened
+from gammaopt.tuning._plan import StudyPlan
+from gammaopt.tuning._result import Arm, Trial, TuneResult
+from gammaopt.tuning._search import METRIC, Search, open_storage, search
+from gammaopt.tuning._space import GAMMA, RATE, Space
+from gammaopt.tuning._workers import Workers
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a study stands; sent after each run.
+
+    Attributes:
+        stage: ``"tuned"``, ``"one_equal_budget"`` or ``"confirm"``.
+        trials, trials_total: trials done of both arms.
+        runs, runs_total: runs done of the whole study, confirmation included.
+        new_runs: runs done by this process; the rest had been done before.
+        best: best feasible trial of the stage so far.
+    """
+
+    stage: str
+    trials: int
+    trials_total: int
+    runs: int
+    runs_total: int
+    new_runs: int
+    best: Trial | None
+
+
+@dataclass
+class _Counter:
+    plan: StudyPlan
+    folder: Folder
+    send: Callable[[Progress], None]
+    stage: str = "tuned"
+    trials: list[Trial] = field(default_factory=list)
+    asked: set[Cell] = field(default_factory=set)
+    new: int = 0
+
+    @property
+    def total(self) -> int:
+        return 2 * self.plan.trials * self.plan.seeds + 3 * self.plan.confirm_seeds
+
+    def event(self) -> None:
+        best = max((t for t in self.trials if t.arm == self.stage and not t.diverged), key=_score, default=None)
+        runs = min(len(self.asked), self.total)
+        self.send(Progress(self.stage, len(self.trials), 2 * self.plan.trials, runs, self.total, self.new, best))
+
+    def told(self, trial: Trial) -> None:
+        self.trials.append(trial)
+        seeds = self.plan.tuning_seeds
+        self.asked.update(Cell(trial.gamma, trial.lr, seed) for seed in seeds)
+        self.event()
+
+
+def _score(trial: Trial) -> float:
+    return trial.score
+
+
+def tune(
+    plan: StudyPlan,
+    out: str | Path,
+    *,
+    storage: str | None = None,
+    jobs: int = 1,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> TuneResult:
+    """Run a study to its end in folder ``out``, or go on with it there; finished runs are never trained again.
+
+    Args:
+        plan: what to run.
+        out: folder of the study; made if missing. It may hold this plan only.
+        storage: Optuna storage URL; SQLite in the folder if ``None``.
+        jobs: processes to train in. With more than one, call from under ``if __name__ == "__main__":``.
+        on_progress: called after each run.
+
+    Returns:
+        The result, also written to ``result.json`` and ``report.html`` in the folder.
+
+    Raises:
+        UsageError: for a folder that holds something else, is in use, or has a damaged file.
+        MissingExtraError: without ``pip install 'gammaopt[tune]'``.
+    """
+    at_least("jobs", jobs, 1)
+    for module in ("optuna", "scipy", "matplotlib", "sklearn"):
+        require(module, "tune")
+    out = Path(out)
+    with opened(out, plan) as folder, Workers(plan, jobs) as workers:
+        counter = _Counter(plan, folder, on_progress or (lambda _: None))
+
+        def evaluate(cells: Sequence[Cell]) -> dict[Cell, RunRecord]:
+            counter.asked.update(cell for cell in cells if cell in folder.runs)
+            for record in workers.run(cell for cell in cells if cell not in folder.runs):
+                folder.add(record)
+                counter.asked.add(Cell(record.gamma, record.lr, record.seed))
+                counter.new += 1
+                counter.event()
+            return {cell: folder.runs[cell] for cell in cells}
+
+        backend = open_storage(storage or f"sqlite:///{(out / 'study.db').resolve()}")
+        trials: dict[str, list[Trial]] = {}
+        for arm in _arms(plan):
+            counter.stage = arm.arm
+            trials[arm.arm] = search(plan, arm, backend, evaluate, counter.told)
+        trials["one"] = [_renamed(trial, "one") for trial in trials["one_equal_budget"][: plan.rates]]
+
+        counter.stage = "confirm"
+        counter.event()
+        chosen = {name: _best(arm) for name, arm in trials.items()}
+        # Seed by seed: the arms of a seed share its batches.
+        cells = [Cell(best.gamma, best.lr, seed) for seed in plan.fresh_seeds for best in chosen.values()]
+        records = evaluate(list(dict.fromkeys(cells)))
+        runs = {
+            name: tuple(records[Cell(best.gamma, best.lr, seed)] for seed in plan.fresh_seeds)
+            for name, best in chosen.items()
+        }
+        result = _result(plan, trials, chosen, runs)
+        folder.write("result.json", result.to_json())
+        from gammaopt.report import html_report
+
+        folder.write("report.html", html_report(result))
+        return result
+
+
+def _arms(plan: StudyPlan) -> list[Search]:
+    return [
+        Search("tuned", Space(plan.gamma_range, plan.base_lr), plan.trials),
+        Search("one_equal_budget", Space(None, plan.base_lr), plan.trials),
+    ]
+
+
+def _renamed(trial: Trial, arm: str) -> Trial:
+    return Trial(arm, trial.gamma, trial.lr, trial.effective_lr, trial.score, trial.diverged)
+
+
+def _best(trials: list[Trial]) -> Trial:
+    """The best trial that diverged on no seed; where all did, the one that earned most before it did."""
+    return max([trial for trial in trials if not trial.diverged] or trials, key=_score)
+
+
+def _result(
+    plan: StudyPlan,
+    trials: dict[str, list[Trial]],
+    chosen: dict[str, Trial],
+    runs: dict[str, tuple[RunRecord, ...]],
+) -> TuneResult:
+    def scores(name: str, metric: str) -> list[float]:
+        return [float(getattr(record, metric)) for record in runs[name]]
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    arms = {
+        name: Arm(
+            name=name,
+            trials=len(trials[name]),
+            diverged=sum(trial.diverged for trial in trials[name]),
+            gamma=best.gamma,
+            lr=best.lr,
+            effective_lr=best.effective_lr,
+            score=best.score,
+            confirmed_score=mean(scores(name, METRIC)),
+            confirmed_final=mean(scores(name, "final_accuracy")),
+            scores=tuple(scores(name, METRIC)),
+        )
+        for name, best in chosen.items()
+    }
+
+    def compare(metric: str) -> Confirmation:
+        return paired_t(metric, plan.fresh_seeds, scores("tuned", metric), scores("one_equal_budget", metric))
+
+    return TuneResult(
+        plan=plan,
+        metric=METRIC,
+        arms=arms,
+        confirm=compare(METRIC),
+        confirm_final=compare("final_accuracy"),
+        notes=tuple(_notes(plan, chosen)),
+        versions=versions(),
+        trials=tuple(trial for name in ("tuned", "one_equal_budget") for trial in trials[name]),
+        runs=runs,
+    )
+
+
+def _notes(plan: StudyPlan, chosen: dict[str, Trial]) -> list[str]:
+    notes = [
+        f"all trials of arm {name} diverged; widen --gamma-range" for name, best in chosen.items() if best.diverged
+    ]
+    for arm in _arms(plan):
+        best = chosen[arm.arm]
+        point = {GAMMA: math.log2(best.gamma), RATE: math.log2(best.lr / plan.base_lr)}
+        for name in arm.space.at_edge(point):
+            what = f"γ = {best.gamma:.3g}" if name == GAMMA else f"lr = {best.lr:.3g}"
+            fix = "; widen --gamma-range" if name == GAMMA else ""
+            notes.append(f"range too small: the best {what} of arm {arm.arm} lies at the end of its range{fix}")
+    if plan.confirm_seeds < 10:
+        notes.append(f"{plan.confirm_seeds} fresh seeds are few; give --confirm-seeds 10 or more")
+    return notes
+
+
+def versions() -> dict[str, str]:
+    """Versions that a number may depend on."""
+    packages = ("torch", "numpy", "optuna", "scipy", "scikit-learn")
+    from gammaopt import __version__
+
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"gammaopt": __version__, "python": platform.python_version(), **found, "machine": platform.machine()}

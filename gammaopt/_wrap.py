@@ -12,7 +12,8 @@ import copy
 import functools
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
@@ -48,12 +49,14 @@ class Wrapped(nn.Module):
         reference = self._gammaopt_reference
         if reference is None:
             return self._gammaopt_forward(*args, **kwargs) / self.gammaopt.gamma
-        # Dropout must draw the same masks in both: run h₀ first, then hand the random state back for h.
-        state = _random_state(reference)
-        with torch.no_grad():
-            start = reference(*args, **kwargs)
-        _rewind(state)
-        return (self._gammaopt_forward(*args, **kwargs) - cast("Tensor", start)) / self.gammaopt.gamma
+        with _one_attention_kernel():
+            # Dropout must draw the same masks in both: run h₀ first, then hand the random state back for h.
+            state = _random_state(reference)
+            with torch.no_grad():
+                start = reference(*args, **kwargs)
+            _rewind(state)
+            h = self._gammaopt_forward(*args, **kwargs)
+        return (h - cast("Tensor", start)) / self.gammaopt.gamma
 
     def train(self, mode: bool = True) -> Any:
         if self._gammaopt_reference is not None:
@@ -138,6 +141,20 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
 
     namespace = {"forward": forward, "_gammaopt_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
     return types.new_class(f"Gamma{base.__name__}", (Wrapped, base), exec_body=lambda body: body.update(namespace))
+
+
+@contextmanager
+def _one_attention_kernel() -> Iterator[None]:
+    """Keep torch's attention layers off the inference kernel that only h₀, computed without gradients, would take.
+
+    It rounds differently, and h − h₀ divided by a small γ shows that.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _random_state(model: nn.Module) -> list[tuple[torch.device, Tensor]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from gammaopt.tuning import Progress, TuneResult
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Tune the richness: hyperparameter transfer across the feature-learning strength γ.",
@@ -29,15 +30,21 @@ app = typer.Typer(
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
-) -> None:
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         from gammaopt import __version__
 
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -46,9 +53,9 @@ def tasks() -> None:
     with _usage_errors():
         from gammaopt.online.tasks import TASKS
 
-        width = max(map(len, TASKS))
         for task in TASKS.values():
-            typer.echo(f"{task.name:{width}}  {task.summary}; losses: {', '.join(task.losses)}; {task.steps} steps")
+            typer.echo(f"{task.name}: {task.summary}")
+            typer.echo(f"    {task.steps} steps of {task.batch_size} samples; losses: {', '.join(task.losses)}")
 
 
 @app.command()
@@ -91,7 +98,7 @@ def tune(
         folder = out or Path("runs") / plan.folder
         if jobs is None:
             jobs = len(os.sched_getaffinity(0)) if device == "cpu" else 1
-        finished = (folder / "report.html").exists()
+        finished = (folder / "result.json").exists()
         with _progress(quiet) as show:
             result = run(plan, folder, storage=storage, jobs=jobs, on_progress=show)
         _tell(result, folder, finished, json, quiet)
@@ -106,7 +113,8 @@ def _tell(result: TuneResult, folder: Path, finished: bool, json: bool, quiet: b
     if json:
         sys.stdout.write(result.to_json())
     else:
-        typer.echo(result.in_words())
+        words = result.in_words()
+        typer.echo(textwrap.fill(words, shutil.get_terminal_size().columns) if sys.stdout.isatty() else words)
     console.print(f"Report: {folder / 'report.html'}", markup=False)
 
 
@@ -197,5 +205,14 @@ class _PlainLines:
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    app()
+    """Entry point of the console script: a mistake in the arguments is one line and exit code 2 too."""
+    try:
+        code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+    except Exception as error:
+        # Not by class: typer brings its own click in some versions and takes the installed one in others.
+        if not hasattr(error, "format_message"):
+            raise
+        message = " ".join(str(error.format_message()).split()).removesuffix(".")
+        typer.echo(f"gammaopt: {message}; see gammaopt --help", err=True)
+        code = 2
+    sys.exit(code or 0)

@@ -23,15 +23,25 @@ def _figure() -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE, layout="constrained")
-    axes = figure.add_subplot()
+    return figure, _plain(figure.add_subplot())
+
+
+def _plain(axes: Axes) -> Axes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
-    return figure, axes
+    return axes
 
 
 def gamma_curve(result: TuneResult) -> Figure:
     """Accuracy against γ: every trial of the search, and the paired fresh seeds of tuned γ and γ = 1."""
     figure, axes = _figure()
+    gamma_curve_on(axes, result)
+    return figure
+
+
+def gamma_curve_on(axes: Axes, result: TuneResult) -> None:
+    """Draw :func:`gamma_curve` on given axes."""
+    _plain(axes)
     searched = [t for t in result.trials if not t.diverged]
     for arm, colour, label in (("tuned", TUNED, "trials over γ"), ("one_equal_budget", ONE, "trials at γ = 1")):
         mine = [t for t in searched if t.arm == arm]
@@ -57,7 +67,6 @@ def gamma_curve(result: TuneResult) -> Figure:
     axes.legend(
         frameon=False, fontsize=8, loc="lower right", title=f"{below} trials lie below the frame", title_fontsize=8
     )
-    return figure
 
 
 def plane(result: TuneResult) -> Figure:

@@ -1,6 +1,6 @@
 """The folder of a study: what is in it, who may use it, and how a killed study finds what it had finished.
 
-study.json    the frozen plan, written first; the folder belongs to it
+study.json    the frozen plan and the versions it began under, written first; the folder belongs to it
 runs.jsonl    one line for each finished run; a run found here is never trained again
 study.db      Optuna's SQLite storage, unless another storage was given
 result.json   the result, and report.html
@@ -10,8 +10,10 @@ lock          held while a process works here
 from __future__ import annotations
 
 import fcntl
+import importlib.metadata
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,7 +78,8 @@ def opened(path: Path, plan: StudyPlan) -> Iterator[Folder]:
                 f"{path} is in use by another process; wait for it, or choose another folder with --out"
             ) from None
         if not (path / "study.json").exists():
-            write_atomically(path / "study.json", json.dumps(plan.to_dict(), indent=2) + "\n")
+            content = {"plan": plan.to_dict(), "versions": versions()}
+            write_atomically(path / "study.json", json.dumps(content, indent=2) + "\n")
         folder = Folder(path)
         try:
             yield folder
@@ -98,12 +101,19 @@ def _check_contents(path: Path, plan: StudyPlan) -> None:
             )
         return
     try:
-        found = json.loads(study.read_text(encoding="utf-8"))
+        content = json.loads(study.read_text(encoding="utf-8"))
+        found, _ = content["plan"], content["versions"]
         differing = [name for name, value in plan.to_dict().items() if name != "device" and found[name] != value]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{study} is not a readable study ({type(error).__name__}: {error}); "
             "restore it, or choose another folder with --out"
+        ) from None
+    try:
+        _read_json(path / "result.json")
+    except ValueError:
+        raise UsageError(
+            f"{path / 'result.json'} is damaged; delete it and run the same command to make it anew from the runs"
         ) from None
     if differing:
         name = differing[0]
@@ -161,7 +171,26 @@ class Folder:
         write_atomically(self.path / name, text)
         return self.path / name
 
-    def read_json(self, name: str) -> Any:
-        """A JSON file of the folder, or ``None`` if it is not there."""
-        path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    @property
+    def finished(self) -> bool:
+        """Whether the study's result has been written."""
+        return (self.path / "result.json").exists()
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """The versions that the study began under."""
+        found: dict[str, str] = _read_json(self.path / "study.json")["versions"]
+        return found
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def versions() -> dict[str, str]:
+    """Versions that a number may depend on."""
+    from gammaopt import __version__
+
+    packages = ("torch", "numpy", "optuna", "scipy", "scikit-learn")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"gammaopt": __version__, "python": platform.python_version(), **found, "machine": platform.machine()}

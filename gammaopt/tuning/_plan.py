@@ -58,7 +58,7 @@ class StudyPlan:
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         for name, minimum in {"steps": 1, "trials": 4, "seeds": 1, "confirm_seeds": 2, "seed": 0}.items():
             at_least(name, getattr(self, name), minimum)
-        low, high = (positive(f"gamma_range[{i}]", value) for i, value in enumerate(self.gamma_range))
+        low, high = (positive("gamma", value) for value in self.gamma_range)
         if not low < high:
             raise UsageError(f"gamma_range={low:g} {high:g} is empty; give the lower γ first")
         object.__setattr__(self, "gamma_range", (low, high))
@@ -139,10 +139,9 @@ def _check_device(name: str) -> None:
     import torch
 
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].partition(". ")[0]
         raise UsageError(
             f"device {name!r} can't be used: {reason}; choose cpu, or a device that this torch sees"
         ) from None

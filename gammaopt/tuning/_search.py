@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gammaopt._errors import UsageError, require
+from gammaopt._errors import MissingExtraError, UsageError, require
 from gammaopt.online.record import RunRecord
 from gammaopt.tuning._folder import Cell
 from gammaopt.tuning._plan import StudyPlan
@@ -48,6 +48,11 @@ def open_storage(url: str) -> Any:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         return optuna.storages.RDBStorage(url)
+    except ImportError:
+        raise MissingExtraError(
+            f"no driver for {url} is installed; for PostgreSQL run: pip install 'gammaopt[postgres]', "
+            "and write the URL as postgresql+psycopg://…"
+        ) from None
     except Exception as error:  # SQLAlchemy, its driver and Optuna each have their own
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"the storage {url} can't be opened ({reason}); restore it, or choose another") from None

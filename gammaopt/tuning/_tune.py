@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gammaopt._errors import at_least, require
+from gammaopt._errors import UsageError, at_least, require
 from gammaopt.online.record import RunRecord
 from gammaopt.tuning._confirm import Confirmation, paired_t
-from gammaopt.tuning._folder import Cell, Folder, opened
+from gammaopt.tuning._folder import Cell, Folder, opened, versions
 from gammaopt.tuning._plan import StudyPlan
 from gammaopt.tuning._result import Arm, Trial, TuneResult
 from gammaopt.tuning._search import METRIC, Search, open_storage, search
@@ -51,9 +49,11 @@ class _Counter:
     asked: set[Cell] = field(default_factory=set)
     new: int = 0
 
+    confirm_runs: int = 0
+
     @property
     def total(self) -> int:
-        return 2 * self.plan.trials * self.plan.seeds + 3 * self.plan.confirm_seeds
+        return 2 * self.plan.trials * self.plan.seeds + (self.confirm_runs or 3 * self.plan.confirm_seeds)
 
     def event(self) -> None:
         best = max((t for t in self.trials if t.arm == self.stage and not t.diverged), key=_score, default=None)
@@ -89,17 +89,23 @@ def tune(
         on_progress: called after each run.
 
     Returns:
-        The result, also written to ``result.json`` and ``report.html`` in the folder.
+        The result, also written to ``result.json`` and ``report.html`` in the folder. A finished study is read
+        back, and only its report is written again.
 
     Raises:
-        UsageError: for a folder that holds something else, is in use, or has a damaged file.
+        UsageError: for a folder that holds something else, is in use, has a damaged file, or was begun under other
+            package versions.
         MissingExtraError: without ``pip install 'gammaopt[tune]'``.
     """
     at_least("jobs", jobs, 1)
     for module in ("optuna", "scipy", "matplotlib", "sklearn"):
         require(module, "tune")
     out = Path(out)
+    # A storage outside the folder is tried before the folder is taken; SQLite in it needs the folder first.
+    given = open_storage(storage) if storage is not None else None
     with opened(out, plan) as folder, Workers(plan, jobs) as workers:
+        if not folder.finished and folder.versions != versions():
+            raise UsageError(_other_versions(out, folder.versions))
         counter = _Counter(plan, folder, on_progress or (lambda _: None))
 
         def evaluate(cells: Sequence[Cell]) -> dict[Cell, RunRecord]:
@@ -111,25 +117,27 @@ def tune(
                 counter.event()
             return {cell: folder.runs[cell] for cell in cells}
 
-        backend = open_storage(storage or f"sqlite:///{(out / 'study.db').resolve()}")
+        backend = given or open_storage(f"sqlite:///{(out / 'study.db').resolve()}")
         trials: dict[str, list[Trial]] = {}
         for arm in _arms(plan):
             counter.stage = arm.arm
             trials[arm.arm] = search(plan, arm, backend, evaluate, counter.told)
         trials["one"] = [_renamed(trial, "one") for trial in trials["one_equal_budget"][: plan.rates]]
 
-        counter.stage = "confirm"
-        counter.event()
         chosen = {name: _best(arm) for name, arm in trials.items()}
         # Seed by seed: the arms of a seed share its batches.
         cells = [Cell(best.gamma, best.lr, seed) for seed in plan.fresh_seeds for best in chosen.values()]
-        records = evaluate(list(dict.fromkeys(cells)))
+        cells = list(dict.fromkeys(cells))
+        counter.stage, counter.confirm_runs = "confirm", len(cells)
+        counter.event()
+        records = evaluate(cells)
         runs = {
             name: tuple(records[Cell(best.gamma, best.lr, seed)] for seed in plan.fresh_seeds)
             for name, best in chosen.items()
         }
-        result = _result(plan, trials, chosen, runs)
-        folder.write("result.json", result.to_json())
+        result = _result(plan, trials, chosen, runs, folder.versions)
+        if not folder.finished:
+            folder.write("result.json", result.to_json())
         from gammaopt.report import html_report
 
         folder.write("report.html", html_report(result))
@@ -141,6 +149,17 @@ def _arms(plan: StudyPlan) -> list[Search]:
         Search("tuned", Space(plan.gamma_range, plan.base_lr), plan.trials),
         Search("one_equal_budget", Space(None, plan.base_lr), plan.trials),
     ]
+
+
+def _other_versions(out: Path, began_under: dict[str, str]) -> str:
+    now = versions()
+    changed = [
+        f"{name} {began_under.get(name)} there, {now[name]} here" for name in now if began_under.get(name) != now[name]
+    ]
+    return (
+        f"{out} holds a study begun under other versions ({changed[0]}), and its numbers would mix; "
+        "install those, or choose another folder with --out"
+    )
 
 
 def _renamed(trial: Trial, arm: str) -> Trial:
@@ -157,6 +176,7 @@ def _result(
     trials: dict[str, list[Trial]],
     chosen: dict[str, Trial],
     runs: dict[str, tuple[RunRecord, ...]],
+    began_under: dict[str, str],
 ) -> TuneResult:
     def scores(name: str, metric: str) -> list[float]:
         return [float(getattr(record, metric)) for record in runs[name]]
@@ -190,7 +210,7 @@ def _result(
         confirm=compare(METRIC),
         confirm_final=compare("final_accuracy"),
         notes=tuple(_notes(plan, chosen)),
-        versions=versions(),
+        versions=began_under,
         trials=tuple(trial for name in ("tuned", "one_equal_budget") for trial in trials[name]),
         runs=runs,
     )
@@ -210,12 +230,3 @@ def _notes(plan: StudyPlan, chosen: dict[str, Trial]) -> list[str]:
     if plan.confirm_seeds < 10:
         notes.append(f"{plan.confirm_seeds} fresh seeds are few; give --confirm-seeds 10 or more")
     return notes
-
-
-def versions() -> dict[str, str]:
-    """Versions that a number may depend on."""
-    packages = ("torch", "numpy", "optuna", "scipy", "scikit-learn")
-    from gammaopt import __version__
-
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {"gammaopt": __version__, "python": platform.python_version(), **found, "machine": platform.machine()}

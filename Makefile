@@ -38,9 +38,11 @@ $(VENV)/.made:
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.made pyproject.toml
+	@echo "Installing into $(VENV); torch is several GB: about 3 minutes …"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[tune]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.made pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[tune,vision,dev]'
+	@echo "Installing into $(VENV); torch is several GB: about 4 minutes …"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[tune,vision,mup,dev]'
 	touch $@ $(VENV)/.demo

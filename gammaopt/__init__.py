@@ -19,26 +19,55 @@ from gammaopt._laws import EtaLaw as EtaLaw
 
 if TYPE_CHECKING:
     from gammaopt._depth import effective_depth as effective_depth
+    from gammaopt._knee import knee as knee
     from gammaopt._plan import Plan as Plan
+    from gammaopt._wrap import fold as fold
     from gammaopt._wrap import unwrap as unwrap
     from gammaopt._wrap import wrap as wrap
     from gammaopt.optim import SGD as SGD
+    from gammaopt.optim import Adam as Adam
+    from gammaopt.optim import AdamW as AdamW
+    from gammaopt.optim import param_groups as param_groups
 
 __version__ = "0.1.0"
 
-__all__ = ["SGD", "EtaLaw", "MissingExtraError", "Plan", "UsageError", "effective_depth", "unwrap", "wrap"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "EtaLaw",
+    "MissingExtraError",
+    "Plan",
+    "UsageError",
+    "effective_depth",
+    "fold",
+    "knee",
+    "param_groups",
+    "unwrap",
+    "wrap",
+]
 
 # Names that need torch, and where they live: importing torch takes seconds, and the command line's --help none.
 _LAZY = {
     "SGD": "gammaopt.optim",
+    "Adam": "gammaopt.optim",
+    "AdamW": "gammaopt.optim",
     "Plan": "gammaopt._plan",
+    "fold": "gammaopt._wrap",
+    "knee": "gammaopt._knee",
     "effective_depth": "gammaopt._depth",
+    "param_groups": "gammaopt.optim",
     "unwrap": "gammaopt._wrap",
     "wrap": "gammaopt._wrap",
 }
 
 
+_ROOMS = ("diagnostics", "online", "optim", "report", "tuning")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"gammaopt.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'gammaopt' has no attribute {name!r}")
     value = getattr(importlib.import_module(_LAZY[name]), name)

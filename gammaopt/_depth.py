@@ -14,97 +14,38 @@ The formula is this project's own. Reverse mode only: torch's CPU attention kern
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gammaopt._errors import UsageError
+from gammaopt._probe import Inputs, Output, accumulator, probe, probing, trainable
 
-Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
-
-
-def call(forward: Callable[..., Any], inputs: Inputs) -> Any:
-    """``forward`` on a tensor, on a tuple as positional or on a dict as keyword arguments."""
-    if isinstance(inputs, dict):
-        return forward(**inputs)
-    if isinstance(inputs, tuple):
-        return forward(*inputs)
-    return forward(inputs)
+# How torch's layers name their biases: bias, bias_ih_l0 and bias_k, in_proj_bias.
+BIASES = ("bias", "in_proj_bias")
 
 
-def describe(inputs: Any) -> str:
-    """The shapes in ``inputs``, for error messages."""
-    if isinstance(inputs, Tensor):
-        return f"shape {tuple(inputs.shape)} {str(inputs.dtype).removeprefix('torch.')}"
-    if isinstance(inputs, tuple):
-        return "(" + ", ".join(describe(item) for item in inputs) + ")"
-    if isinstance(inputs, dict):
-        return "{" + ", ".join(f"{key}: {describe(item)}" for key, item in inputs.items()) + "}"
-    return f"{type(inputs).__name__}"
-
-
-def tensor_output(output: Any, model: nn.Module) -> Tensor:
-    """``output`` if it is one floating-point tensor, else a :class:`UsageError` that names what came instead."""
-    if isinstance(output, Tensor) and output.is_floating_point():
-        return output
-    kind = f"a {output.dtype!s} tensor" if isinstance(output, Tensor) else f"a {type(output).__name__}"
-    raise UsageError(
-        f"{type(model).__name__} returns {kind}; f = (h − h₀)/γ needs one floating-point tensor: "
-        "wrap a module whose forward returns the logits or predictions"
-    )
-
-
-@contextmanager
-def probing(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` in its probing state: dropout off, batch statistics on; restore modes and buffers after."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    for module in modes:
-        module.training = isinstance(module, nn.modules.batchnorm._BatchNorm)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in buffers:
-                    buffer.copy_(buffers[name])
-
-
-def probe(model: nn.Module, inputs: Inputs) -> Tensor:
-    """h(inputs) of a plain or wrapped model: before centring and division by γ.
-
-    Raises:
-        UsageError: if the model rejects the inputs, or does not return one floating-point tensor.
-    """
-    forward = getattr(model, "_gammaopt_forward", model)
-    try:
-        output = call(forward, inputs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(
-            f"example inputs of {describe(inputs)} do not fit {type(model).__name__}: {reason}; "
-            "give one batch in the shape that the model takes"
-        ) from error
-    return tensor_output(output, model)
-
-
-def effective_depth(model: nn.Module, inputs: Inputs) -> float:
+def effective_depth(
+    model: nn.Module, inputs: Inputs, *, output: Output | None = None, zero_biases: bool = False
+) -> float:
     """Effective depth L of ``model`` on one batch: the depth to give to :class:`EtaLaw`.
 
     Batch normalisation uses the batch's own statistics and dropout is off. The model's gradients, buffers, modes
     and the random state are left as they were.
 
     Args:
-        model: any module whose output is one floating-point tensor; a wrapped model is measured before centring.
+        model: any module; a wrapped model is measured before centring.
         inputs: one batch: a tensor, a tuple of positional or a dict of keyword arguments.
+        output: which part of what the model returns is h, if that is not one tensor: an entry's name or position, or
+            a function of it.
+        zero_biases: measure with all biases at 0. Biases lower the degree only until the weights have grown past
+            them, and torch draws them at random: without them the depth is that of the rich regime, and the same for
+            every initialisation of a plain network. This is what :func:`gammaopt.wrap` uses.
 
     Returns:
-        L_eff ≥ 0, a float; not a whole number for networks with normalisation, gains or residual branches.
+        L_eff, a float; not a whole number for networks with normalisation, gains or residual branches.
 
     Raises:
         UsageError: if the model has no trainable parameter, does not accept the inputs, or its output is 0 or not
@@ -117,25 +58,34 @@ def effective_depth(model: nn.Module, inputs: Inputs) -> float:
         >>> round(effective_depth(net, torch.ones(2, 4)), 4)
         2.0
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise UsageError(f"{type(model).__name__} has no trainable parameters; there is nothing to measure or train")
-    devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
-    with probing(model), torch.random.fork_rng(devices), torch.enable_grad():
-        h = probe(model, inputs)
-        energy = h.to(_accumulator(h)).square().sum()
+    parameters = list(trainable(model).values())
+    with probing(model), _zeroed(model, zero_biases), torch.enable_grad():
+        h = probe(model, inputs, output)
+        energy = h.to(accumulator(h)).square().sum()
         gradients = torch.autograd.grad(energy / 2, parameters, allow_unused=True) if h.requires_grad else ()
+        pairs = zip(parameters, gradients, strict=bool(gradients))
+        radial = sum((p.detach().to(accumulator(p)) * g).sum().item() for p, g in pairs if g is not None)
     squared = energy.item()
     if not (math.isfinite(squared) and squared > 0):
         raise UsageError(
             f"the output of {type(model).__name__} on the example inputs has squared norm {squared:g}; "
             "its depth can only be measured where the output is finite and not 0: give other inputs, or depth="
         )
-    pairs = zip(parameters, gradients, strict=bool(gradients))
-    radial = sum((p.detach().to(_accumulator(p)) * g).sum().item() for p, g in pairs if g is not None)
     return radial / squared
 
 
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    """The dtype to sum in: float64 where the device has it."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+@contextmanager
+def _zeroed(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Biases at 0 for a while."""
+    parameters = dict(model.named_parameters())
+    biases = [parameters[name] for name in parameters if wanted and name.rpartition(".")[2].startswith(BIASES)]
+    kept = [bias.detach().clone() for bias in biases]
+    try:
+        with torch.no_grad():
+            for bias in biases:
+                bias.zero_()
+        yield
+    finally:
+        with torch.no_grad():
+            for bias, value in zip(biases, kept, strict=True):
+                bias.copy_(value)

@@ -23,6 +23,8 @@ class MissingExtraError(ImportError):
 def positive(name: str, value: float) -> float:
     """Return ``value`` as a float, or raise :class:`UsageError` unless it is finite and > 0."""
     try:
+        if isinstance(value, (str, bool)):  # float() would take both
+            raise TypeError
         number = float(value)
     except (TypeError, ValueError):
         raise UsageError(f"{name}={value!r} is not a number; give a finite {name} > 0") from None

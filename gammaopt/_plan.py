@@ -2,46 +2,56 @@ r"""The plan: each parameter's role, and the factor by which its learning rate d
 
     rate of a parameter = lr · multiplier,    multiplier = width factor · s(γ)
 
-s(γ) is :class:`EtaLaw`, the same for every parameter. The width factor belongs to the parametrization:
+s(γ) is :class:`EtaLaw`, the same for every parameter. The width factor w belongs to the parametrization:
 
 ``as_is``
-    1 for every parameter: the user's initialisation and relative rates stay.
+    w = 1 for every parameter: the user's initialisation and relative rates stay.
 ``mean_field``
     Layer = a·W·h + b with W ~ N(0, 1), a = fan_in^(-1/2), but a = 1/fan_in for the readout. Folded into plain torch
-    layers (w = a·W, std(w) = a) the same trajectory needs, for SGD and with N the readout's fan-in,
-    N·a² on weights, N on hidden biases and normalisation gains, and 1 on the readout's bias.
+    layers (w = a·W, std(w) = a) the same trajectory needs, with N the readout's fan-in,
+
+        role                        SGD      Adam
+        weight, readout weight      N·a²     1/fan_in
+        embedding, bias, norm       N        1
+        readout bias, scalar        1        1
+
+    since Adam's step does not depend on the gradient's size.
+``as_is`` with a base network
+    w = the target's mean-field factor over the base network's: 1 at the base's own width, so that rates tuned there
+    serve every other width.
+
+Adam's eps must scale like the gradient it is compared with: ∝ 1/γ, and ∝ 1/N on all but the readout's parameters.
 
 A plan is keyed by parameter name and knows no tensors, so copies, checkpoints and sharding cannot separate it from
-the parameters it describes.
+the parameters it describes. Sources: Yang et al., Tensor Programs V (arXiv 2203.03466) for width; the mean-field
+form's rates are tested here against that form written out.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from torch import nn
-
-from gammaopt._errors import UsageError
 from gammaopt._laws import EtaLaw, Loss, OptimizerFamily
+from gammaopt._roles import Rule
 
 Parametrization = Literal["as_is", "mean_field"]
-Role = Literal["weight", "bias", "norm", "readout weight", "readout bias", "other"]
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+
+class Scale(NamedTuple):
+    """Factors on what the user gave the optimizer, for one parameter: on ``lr``, and on Adam's ``eps``."""
+
+    lr: float
+    eps: float = 1.0
 
 
 @dataclass(frozen=True)
-class Rule:
-    """One parameter: its name, shape, role, and the scale a = std(w) of its weight (``None`` if it is no weight)."""
+class Base:
+    """The network that rates are relative to: its rules by parameter name, and its N."""
 
-    name: str
-    shape: tuple[int, ...]
-    role: Role
-    scale: float | None = None
+    rules: Mapping[str, Rule]
+    width: float
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,8 @@ class Plan:
         parametrization: ``"as_is"`` or ``"mean_field"``.
         width: N, the readout's fan-in (``None`` where the model has no Linear or Conv layer).
         rules: one :class:`Rule` for each parameter, in the model's own order.
+        readout: qualified name of the layer whose output is the network's.
+        base: the network that rates were tuned on, if it was given.
     """
 
     gamma: float
@@ -63,8 +75,10 @@ class Plan:
     loss: Loss
     knee: float
     parametrization: Parametrization
-    width: int | None
+    width: float | None
     rules: tuple[Rule, ...]
+    readout: str | None = None
+    base: Base | None = None
 
     def law(self, optimizer: OptimizerFamily = "sgd") -> EtaLaw:
         """The learning-rate law of this model under a family of optimizers."""
@@ -72,19 +86,22 @@ class Plan:
 
     def multipliers(self, optimizer: OptimizerFamily = "sgd") -> dict[str, float]:
         """Parameter name → factor on the optimizer's ``lr``."""
-        factor = self.law(optimizer).factor(self.gamma)
-        return {rule.name: self._width_factor(rule, optimizer) * factor for rule in self.rules}
+        return {name: scale.lr for name, scale in self.scales(optimizer).items()}
 
-    def _width_factor(self, rule: Rule, optimizer: OptimizerFamily) -> float:
-        if self.parametrization == "as_is":
-            return 1.0
-        if optimizer != "sgd" or self.width is None:
-            raise UsageError(
-                f"mean_field rates are defined for SGD, not for {optimizer}; wrap with parametrization='as_is'"
-            )
-        if rule.scale is not None:
-            return self.width * rule.scale**2
-        return 1.0 if rule.role == "readout bias" else float(self.width)
+    def scales(self, optimizer: OptimizerFamily = "sgd") -> dict[str, Scale]:
+        """Parameter name → factors on the optimizer's ``lr`` and ``eps``."""
+        factor = self.law(optimizer).factor(self.gamma)
+        factors = ((rule.name, self._width_factors(rule, optimizer)) for rule in self.rules)
+        return {name: Scale(width.lr * factor, width.eps / self.gamma) for name, width in factors}
+
+    def _width_factors(self, rule: Rule, optimizer: OptimizerFamily) -> Scale:
+        if self.width is None or (self.parametrization == "as_is" and self.base is None):
+            return Scale(1.0)
+        target = _mean_field(rule, self.width, optimizer)
+        if self.base is None:
+            return target
+        base = _mean_field(self.base.rules[rule.name], self.base.width, optimizer)
+        return Scale(target.lr / base.lr, target.eps / base.eps)
 
     def table(self, lr: float = 1.0, optimizer: OptimizerFamily = "sgd") -> str:
         """The plan as text: parameter, shape, role, multiplier, effective rate ``lr``·multiplier."""
@@ -103,48 +120,14 @@ class Plan:
         return "\n".join([head, *lines])
 
     def __str__(self) -> str:
-        return self.table()
+        return self.table() + "\nRates at lr = 1; the optimizer's effective_lrs() tells them at its own."
 
 
-def fan_in(layer: nn.Module) -> int:
-    """Inputs summed by one output of a Linear or Conv layer: C_in/groups · kernel area for a convolution."""
-    weight = layer.weight
-    assert isinstance(weight, nn.Parameter)
-    return math.prod(weight.shape[1:])
-
-
-def layers_in_order(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Linear and Conv layers by qualified name, in the order of registration."""
-    return ((name, module) for name, module in net.named_modules() if isinstance(module, LAYERS))
-
-
-def rules_for(net: nn.Module, parametrization: Parametrization, readout: str | None) -> tuple[Rule, ...]:
-    """Give each parameter of ``net`` its role; ``readout`` is the qualified name of the last layer.
-
-    Raises:
-        UsageError: under ``mean_field``, for a parameter of a layer whose scaling is not known.
-    """
-    owners = dict(net.named_modules())
-    rules = []
-    for name, parameter in net.named_parameters():
-        prefix, _, leaf = name.rpartition(".")
-        rule = _rule(name, leaf, tuple(parameter.shape), owners[prefix], prefix == readout)
-        if parametrization == "mean_field" and rule.role == "other":
-            raise UsageError(
-                f"parameter {name!r} {tuple(parameter.shape)} of {type(owners[prefix]).__name__} has no known "
-                "mean-field scaling; wrap with parametrization='as_is'"
-            )
-        rules.append(rule)
-    return tuple(rules)
-
-
-def _rule(name: str, leaf: str, shape: tuple[int, ...], owner: nn.Module, is_readout: bool) -> Rule:
-    if isinstance(owner, LAYERS) and leaf == "weight":
-        inputs = fan_in(owner)
-        role: Role = "readout weight" if is_readout else "weight"
-        return Rule(name, shape, role, 1.0 / inputs if is_readout else inputs**-0.5)
-    if isinstance(owner, LAYERS) and leaf == "bias":
-        return Rule(name, shape, "readout bias" if is_readout else "bias")
-    if isinstance(owner, NORMS) and leaf in ("weight", "bias"):
-        return Rule(name, shape, "norm")
-    return Rule(name, shape, "other")
+def _mean_field(rule: Rule, width: float, optimizer: OptimizerFamily) -> Scale:
+    """Width factors of one parameter in mean-field form, natural parametrization: the table above."""
+    of_readout = rule.role in ("readout weight", "readout bias", "scalar")
+    if optimizer == "adam":
+        return Scale(1.0 / rule.fan_in if rule.fan_in else 1.0, 1.0 if of_readout else 1.0 / width)
+    if rule.scale is not None:
+        return Scale(width * rule.scale**2)
+    return Scale(1.0 if of_readout else width)

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from gammaopt import _distributed
 from gammaopt._errors import UsageError
 
 if TYPE_CHECKING:
     from gammaopt._plan import Plan
 
 # Keyed by id, not by the module: a module may define __eq__ and so be unhashable.
+_version = 0
 _live: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
 
@@ -35,6 +37,17 @@ def register(model: nn.Module) -> None:
     _live[id(model)] = model
 
 
+def version() -> int:
+    """A number that grows when a live model's plan changes: optimizers then look their rates up again."""
+    return _version
+
+
+def changed() -> None:
+    """Note that a live model's plan changed."""
+    global _version
+    _version += 1
+
+
 def forget(model: nn.Module) -> None:
     """Drop a model that is no longer wrapped."""
     _live.pop(id(model), None)
@@ -44,12 +57,14 @@ def owners(parameters: Sequence[Tensor]) -> list[Owner | None]:
     """For each parameter the wrapped model that holds it, or ``None``.
 
     Raises:
-        UsageError: if two wrapped models share one of the parameters, so that its rate would be ambiguous.
+        UsageError: if two wrapped models share one of the parameters, so that its rate would be ambiguous, or if it
+            was not in the model, or had another shape, when that was wrapped.
     """
     wanted = {id(parameter) for parameter in parameters}
     found: dict[int, Owner] = {}
     for model in list(_live.values()):
         plan: Plan = model.gammaopt  # type: ignore[assignment]
+        shapes = {rule.name: rule.shape for rule in plan.rules}
         for name, parameter in model.named_parameters():
             if id(parameter) not in wanted:
                 continue
@@ -57,5 +72,14 @@ def owners(parameters: Sequence[Tensor]) -> list[Owner | None]:
                 raise UsageError(
                     f"parameter {name!r} {tuple(parameter.shape)} belongs to two wrapped models; unwrap one of them"
                 )
+            if shapes.get(name) != tuple(parameter.shape):
+                was = f"had shape {shapes[name]}" if name in shapes else "was not there"
+                raise UsageError(
+                    f"parameter {name!r} {tuple(parameter.shape)} {was} when {type(model).__name__} was wrapped; "
+                    "call gammaopt.unwrap on the model and wrap it again"
+                )
             found[id(parameter)] = Owner(plan, name)
+            if "_gammaopt_planned" not in vars(model):
+                _distributed.follow_sharding(model, model._gammaopt_reference)  # type: ignore[arg-type]
+            vars(model)["_gammaopt_planned"] = True  # from here on it can't be given another process's plan
     return [found.get(id(parameter)) for parameter in parameters]

@@ -1,174 +1,35 @@
-r"""``wrap``: turn a network h into f(x; θ) = [h(x; θ) − h(x; θ₀)] / γ without changing what it looks like.
+r"""``wrap``: turn a network h into f(x; θ) = [h(x; θ) − h(x; θ₀)]/γ, in place; ``unwrap`` and ``fold`` undo it.
 
 The object stays the same and its class becomes a subclass of the class it had, as ``torch.distributed.fsdp.
-fully_shard`` does: ``isinstance`` holds, and parameter names, hooks and submodules are untouched. θ₀ is a frozen copy
-that is no submodule, so it is in neither ``parameters()`` nor ``modules()``; but it is part of the function, so it is
-moved, cast, copied, pickled, saved and loaded with the model (as ``gammaopt_theta0.*`` in ``state_dict()``).
+fully_shard`` does: ``isinstance`` holds, and parameter names, hooks and submodules are untouched.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
-import types
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal, TypeVar, cast, get_args
+from collections.abc import Callable, Mapping
+from typing import Literal, TypeVar, cast, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gammaopt import _registry
-from gammaopt._depth import Inputs, effective_depth, probe, probing, tensor_output
+from gammaopt import _distributed, _registry
+from gammaopt._base import BaseShapes, base_of
+from gammaopt._depth import effective_depth
 from gammaopt._errors import UsageError, one_of, positive
+from gammaopt._knee import knee as measure_knee
 from gammaopt._laws import Loss
-from gammaopt._plan import LAYERS, Parametrization, Plan, fan_in, layers_in_order, rules_for
+from gammaopt._plan import Base, Parametrization, Plan
+from gammaopt._probe import Inputs, Output, probe, probing
+from gammaopt._roles import Role, Rule, layers_in_order, rules_for
+from gammaopt._wrapped import Wrapped, wrapped_class
 
-Center = Literal["copy", "none"]
+Center = Literal["copy", "zero_readout", "none"]
 Net = TypeVar("Net", bound=nn.Module)
 
-THETA0 = "gammaopt_theta0."
 # float32 centring loses about 2.4e-7/γ of the output: a quarter of a per mille here.
 SMALLEST_FLOAT32_GAMMA = 1e-3
-
-
-class Wrapped(nn.Module):
-    """What every wrapped model is besides its own class: 1/γ, the centring, and θ₀'s company."""
-
-    gammaopt: Plan
-    _gammaopt_base: type[nn.Module]
-    _gammaopt_reference: nn.Module | None
-
-    def _gammaopt_forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """h(x; θ): the forward of the class that was wrapped."""
-        return tensor_output(super().forward(*args, **kwargs), self)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """f(x; θ) = (h(x; θ) − h(x; θ₀))/γ, or h(x; θ)/γ without centring."""
-        reference = self._gammaopt_reference
-        if reference is None:
-            return self._gammaopt_forward(*args, **kwargs) / self.gammaopt.gamma
-        with _one_attention_kernel():
-            # Dropout must draw the same masks in both: run h₀ first, then hand the random state back for h.
-            state = _random_state(reference)
-            with torch.no_grad():
-                start = reference(*args, **kwargs)
-            _rewind(state)
-            h = self._gammaopt_forward(*args, **kwargs)
-        return (h - cast("Tensor", start)) / self.gammaopt.gamma
-
-    def train(self, mode: bool = True) -> Any:
-        if self._gammaopt_reference is not None:
-            self._gammaopt_reference.train(mode)
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        if self._gammaopt_reference is not None:
-            self._gammaopt_reference._apply(fn, recurse)
-        return super()._apply(fn, recurse)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._gammaopt_reference is not None:
-            for name, tensor in self._gammaopt_reference.state_dict(keep_vars=keep_vars).items():
-                destination[f"{prefix}{THETA0}{name}"] = tensor
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        start = prefix + THETA0
-        # Taken out and put back, not filtered into a copy: the net's own load hooks may rename keys in place.
-        theta0 = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(start)}
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        state_dict.update(theta0)
-        ours = {name.removeprefix(start): tensor for name, tensor in theta0.items()}
-        if self._gammaopt_reference is None:
-            unexpected_keys.extend(start + name for name in ours)
-            return
-        try:
-            assign = bool(local_metadata.get("assign_to_params_buffers", False))
-            keys = self._gammaopt_reference.load_state_dict(ours, strict=False, assign=assign)
-            self._gammaopt_reference.requires_grad_(False)
-        except RuntimeError as error:
-            error_msgs.append(str(error))
-            return
-        missing_keys.extend(start + name for name in keys.missing_keys)
-        unexpected_keys.extend(start + name for name in keys.unexpected_keys)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        _registry.register(self)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The wrapped class is made at run time and can't be found by name: rebuild it from the class it wraps.
-        return _blank, (_base_class(self),), *super().__reduce_ex__(protocol)[2:]
-
-
-def _base_class(model: nn.Module) -> type[nn.Module]:
-    return cast("type[Wrapped]", type(model))._gammaopt_base
-
-
-def _blank(base: type[nn.Module]) -> nn.Module:
-    cls = _wrapped_class(base)
-    return cls.__new__(cls)
-
-
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _wrapped_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``base`` that computes f: one for each base; it keeps the signature of forward."""
-    if base not in _classes:
-        _classes[base] = _make_class(base)
-    return _classes[base]
-
-
-def _make_class(base: type[nn.Module]) -> type[nn.Module]:
-
-    @functools.wraps(base.forward)
-    def forward(self: Wrapped, *args: Any, **kwargs: Any) -> Tensor:
-        return Wrapped.forward(self, *args, **kwargs)
-
-    namespace = {"forward": forward, "_gammaopt_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
-    return types.new_class(f"Gamma{base.__name__}", (Wrapped, base), exec_body=lambda body: body.update(namespace))
-
-
-@contextmanager
-def _one_attention_kernel() -> Iterator[None]:
-    """Keep torch's attention layers off the inference kernel that only h₀, computed without gradients, would take.
-
-    It rounds differently, and h − h₀ divided by a small γ shows that.
-    """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def _random_state(model: nn.Module) -> list[tuple[torch.device, Tensor]]:
-    """The generators that a forward of ``model`` may draw from, and where they stand."""
-    states = [(torch.device("cpu"), torch.get_rng_state())]
-    if torch.cuda.is_initialized():
-        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-        states += [(device, torch.cuda.get_rng_state(device)) for device in devices]
-    return states
-
-
-def _rewind(states: list[tuple[torch.device, Tensor]]) -> None:
-    for device, state in states:
-        torch.set_rng_state(state) if device.type == "cpu" else torch.cuda.set_rng_state(state, device)
 
 
 def wrap(
@@ -180,7 +41,10 @@ def wrap(
     parametrization: Parametrization = "as_is",
     center: Center = "copy",
     loss: Loss = "mse",
-    knee: float = 1.0,
+    knee: float | None = None,
+    base: BaseShapes | None = None,
+    roles: Mapping[str, Role] | None = None,
+    output: Output | None = None,
 ) -> Net:
     r"""Make ``net`` compute f(x; θ) = [h(x; θ) − h(x; θ₀)]/γ, in place, and plan its learning rates.
 
@@ -189,18 +53,27 @@ def wrap(
     ``gammaopt.SGD(net.parameters(), lr=…)``, where ``lr`` is the rate tuned at γ = 1.
 
     Args:
-        net: the network h. Its forward must return one floating-point tensor.
+        net: the network h.
         gamma: feature-learning strength γ > 0: small is lazy (kernel-like), large is rich.
-        depth: effective depth L; measured from ``example_inputs`` if not given.
+        depth: effective depth L; measured from ``example_inputs`` if not given, with biases at 0.
         example_inputs: one batch (a tensor, a tuple of positional or a dict of keyword arguments). Also tells which
             layer runs last: without it the readout is the Linear or Conv layer registered last.
-        parametrization: ``"as_is"`` keeps initialisation and relative rates. ``"mean_field"`` re-initialises Linear
-            and Conv layers (w ~ N(0, a²), biases 0; a = fan_in^(-1/2), readout 1/fan_in) and sets per-layer SGD
+        parametrization: ``"as_is"`` keeps initialisation and relative rates. ``"mean_field"`` re-initialises weights,
+            embeddings and biases (w ~ N(0, a²), biases 0; a = fan_in^(-1/2), readout 1/fan_in) and sets per-layer
             rates, so that one ``lr`` serves every width.
         center: ``"copy"`` keeps a frozen copy of the network for h(x; θ₀), which doubles its memory and adds a
-            forward pass; ``"none"`` drops the term: f = h/γ.
-        loss: the loss you will train with, ``"mse"`` or ``"cross_entropy"``: it decides the rates for γ < 1 only.
-        knee: γ_c, where the law bends; 1 for mean-field form, about √width for torch's own initialisation.
+            forward pass. ``"zero_readout"`` sets the readout to 0 instead, so that h₀ = 0 costs nothing; it needs
+            ``example_inputs``. ``"none"`` drops the term: f = h/γ.
+        loss: the loss you will train with, ``"mse"`` or ``"cross_entropy"``: it decides the rates below the knee only.
+        knee: γ_c, where the law bends. By default 1 in mean-field form, else measured from ``example_inputs``
+            (:func:`gammaopt.knee`); 1 without them.
+        base: the network that ``lr`` was tuned on, as a module (the meta device will do), a mapping of parameter
+            shapes, or the path of a ``mup`` ``.bsh`` file: rates and the readout's initialisation are then scaled
+            from its widths to those of ``net``. Goes with ``"as_is"``.
+        roles: parameter name → role, for parameters that the modules don't tell: ``"weight"``, ``"bias"``, ``"norm"``,
+            ``"embedding"`` (one row per token), ``"scalar"``.
+        output: which part of what ``net`` returns is h, if that is not one tensor: an entry's name or position, where
+            f is put in its place; or a function of it, and then the model returns f alone.
 
     Returns:
         ``net``. ``net.gammaopt`` is its :class:`Plan`: γ, depth and rates; ``print(net.gammaopt)`` shows a table.
@@ -212,46 +85,66 @@ def wrap(
         >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
         >>> model = wrap(net, gamma=3.0, example_inputs=torch.randn(2, 4), parametrization="mean_field")
-        >>> model is net, float(model(torch.ones(2, 4)).abs().max())
+        >>> model is net, model(torch.ones(2, 4)).detach().abs().max().item()
         (True, 0.0)
     """
-    gamma, knee = positive("gamma", gamma), positive("knee", knee)
+    gamma = positive("gamma", gamma)
     _check_net(net)
     one_of("parametrization", parametrization, get_args(Parametrization))
     one_of("center", center, get_args(Center))
     one_of("loss", loss, get_args(Loss))
-    if depth is not None:
-        depth = positive("depth", depth)
-    elif example_inputs is None:
+    depth = None if depth is None else positive("depth", depth)
+    knee = None if knee is None else positive("knee", knee)
+    if depth is None and example_inputs is None:
         raise UsageError("depth is not known; give depth=, or example_inputs= to measure it")
+    if center == "zero_readout" and example_inputs is None:
+        raise UsageError("center='zero_readout' needs example_inputs= to see that the output is 0")
+    if base is not None and parametrization != "as_is":
+        raise UsageError(f"base= goes with parametrization='as_is', not with {parametrization!r}; drop one of them")
 
-    readout = _readout(net, example_inputs)
-    rules = rules_for(net, parametrization, readout)
+    readout = _readout(net, example_inputs, output)
+    rules = rules_for(net, readout, overrides=roles)
+    reference_base = None if base is None else base_of(net, base, readout, roles)
+    if parametrization == "mean_field" or base is not None:
+        _check_rules(net, rules)
     start = copy.deepcopy(net)
     if parametrization == "mean_field":
-        _initialise(start, readout)
+        _initialise(start, rules)
+    if reference_base is not None:
+        _scale_readout(start, rules, reference_base)
     if depth is None:
-        depth = effective_depth(start, cast("Inputs", example_inputs))
+        depth = effective_depth(start, cast("Inputs", example_inputs), output=output, zero_biases=True)
+        depth = _rounded(depth)
         if not depth > 0:
             raise UsageError(f"the measured depth of {type(net).__name__} is {depth:.3g}; give depth= > 0")
-    width = fan_in(net.get_submodule(readout)) if readout is not None else None
-    plan = Plan(gamma, depth, loss, knee, parametrization, width, rules)
-
+    if knee is None:
+        measured = parametrization == "as_is" and example_inputs is not None
+        knee = _rounded(measure_knee(start, cast("Inputs", example_inputs), output=output)) if measured else 1.0
+    if center == "zero_readout":
+        _zero_readout(start, readout, cast("Inputs", example_inputs), output)
+    width = next((rule.fan_in for rule in rules if rule.role == "readout weight"), None)
+    plan = Plan(gamma, depth, loss, knee, parametrization, width, rules, readout, reference_base)
     if center == "copy":
         _warn_if_imprecise(net, gamma)
 
     # Nothing above touched the net; nothing below can fail.
-    if parametrization == "mean_field":
-        with torch.no_grad():
-            for target, source in zip(net.parameters(), start.parameters(), strict=True):
+    with torch.no_grad():
+        for target, source in zip(net.parameters(), start.parameters(), strict=True):
+            if not target.is_meta:
                 target.copy_(source)
-    net.__class__ = _wrapped_class(type(net))  # type: ignore[assignment]
-    net.gammaopt = plan  # type: ignore[assignment]
-    reference = _freeze(start) if center == "copy" else None
-    # Not through nn.Module.__setattr__, which would make it a submodule and list its parameters as trainable.
-    net.__dict__["_gammaopt_reference"] = reference
+    net.__class__ = wrapped_class(type(net))  # type: ignore[assignment]
+    # Not through nn.Module.__setattr__, which would make the copy a submodule and list its parameters as trainable.
+    net.__dict__.update(
+        gammaopt=plan, _gammaopt_reference=_freeze(start) if center == "copy" else None, _gammaopt_output=output
+    )
     _registry.register(net)
+    _distributed.watch_ddp()
     return net
+
+
+def _rounded(measured: float) -> float:
+    """Four digits: more than a batch can tell, and the same on every rank and machine."""
+    return float(f"{measured:.4g}")
 
 
 def unwrap(model: Net) -> Net:
@@ -262,11 +155,58 @@ def unwrap(model: Net) -> Net:
     """
     if not isinstance(model, Wrapped):
         raise UsageError(f"this {type(model).__name__} is not wrapped; nothing to unwrap")
+    if not isinstance(vars(type(model)).get("_gammaopt_base"), type):
+        raise UsageError(
+            f"the class of this {type(model).__name__} was changed after wrapping; "
+            "load its full state dict into a fresh model and unwrap that"
+        )
     _registry.forget(model)
-    base = _base_class(model)
-    del model.__dict__["gammaopt"], model.__dict__["_gammaopt_reference"]
+    base = type(model)._gammaopt_base
+    for name in [name for name in vars(model) if name == "gammaopt" or name.startswith("_gammaopt_")]:
+        del model.__dict__[name]
     model.__class__ = base  # type: ignore[assignment]
     return model
+
+
+def fold(model: Net, example_inputs: Inputs) -> Net:
+    """Unwrap a trained model into a plain network that computes f: 1/γ goes into the readout's weight and bias.
+
+    Exact where f = h/γ, that is without a frozen copy, and where the output is linear in the readout.
+
+    Args:
+        model: a model wrapped with ``center="zero_readout"`` or ``"none"``.
+        example_inputs: one batch, on which the folded network is compared with the wrapped one.
+
+    Returns:
+        ``model``, unwrapped.
+
+    Raises:
+        UsageError: if ``model`` is not wrapped, has a frozen copy, or its output is not linear in its readout. The
+            model is then unchanged.
+    """
+    if not isinstance(model, Wrapped):
+        raise UsageError(f"this {type(model).__name__} is not wrapped; nothing to fold")
+    if model._gammaopt_reference is not None:
+        raise UsageError("f has the frozen copy's part − h₀/γ, which no readout holds; wrap with center='zero_readout'")
+    plan, output = model.gammaopt, model._gammaopt_output
+    if plan.readout is None:
+        raise UsageError(f"{type(model).__name__} has no Linear or Conv readout to fold 1/γ into")
+    trial = copy.deepcopy(model)
+    layer = trial.get_submodule(plan.readout)
+    with torch.no_grad(), probing(model), probing(trial):
+        expected = probe(model, example_inputs, output) / plan.gamma
+        for parameter in layer.parameters():
+            parameter.div_(plan.gamma)
+        folded = probe(trial, example_inputs, output)
+    scale = max(float(expected.abs().max()), torch.finfo(expected.dtype).tiny)
+    if not float((folded - expected).abs().max()) <= 1e3 * torch.finfo(expected.dtype).eps * scale:
+        raise UsageError(
+            f"the output of {type(model).__name__} is not linear in its readout {plan.readout!r}; keep it wrapped"
+        )
+    with torch.no_grad():
+        for parameter in model.get_submodule(plan.readout).parameters():
+            parameter.div_(plan.gamma)
+    return unwrap(model)
 
 
 def _check_net(net: nn.Module) -> None:
@@ -279,13 +219,15 @@ def _check_net(net: nn.Module) -> None:
         raise UsageError(f"this {name} is already wrapped with γ = {net.gammaopt.gamma:g}; call gammaopt.unwrap first")
     if not any(parameter.requires_grad for parameter in net.parameters()):
         raise UsageError(f"{name} has no trainable parameters; there is nothing to train")
+    if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or name.startswith("FSDP"):
+        raise UsageError(f"net is prepared for several processes already; wrap it before it becomes a {name}")
     if "forward" in vars(net):
         raise UsageError(f"forward of this {name} was replaced on the object; wrap the net before that")
     if "gammaopt" in net.__dict__ or "gammaopt" in net._modules:
         raise UsageError(f"{name} has an attribute named 'gammaopt' already; rename it before wrapping")
 
 
-def _readout(net: nn.Module, inputs: Inputs | None) -> str | None:
+def _readout(net: nn.Module, inputs: Inputs | None, output: Output | None) -> str | None:
     """Qualified name of the layer that runs last on ``inputs``, or that is registered last without inputs."""
     order = [name for name, _ in layers_in_order(net)]
     if inputs is not None:
@@ -295,10 +237,9 @@ def _readout(net: nn.Module, inputs: Inputs | None) -> str | None:
             return lambda *_: ran.append(name)
 
         handles = [module.register_forward_hook(note(name)) for name, module in layers_in_order(net)]
-        devices = sorted({p.device.index or 0 for p in net.parameters() if p.device.type == "cuda"})
         try:
-            with torch.no_grad(), probing(net), torch.random.fork_rng(devices):
-                probe(net, inputs)
+            with torch.no_grad(), probing(net):
+                probe(net, inputs, output)
         finally:
             for handle in handles:
                 handle.remove()
@@ -306,16 +247,58 @@ def _readout(net: nn.Module, inputs: Inputs | None) -> str | None:
     return order[-1] if order else None
 
 
-def _initialise(net: nn.Module, readout: str | None) -> None:
+def _check_rules(net: nn.Module, rules: tuple[Rule, ...]) -> None:
+    """Width scaling needs every role, and each weight in one place."""
+    for rule in rules:
+        if rule.role == "other":
+            owner = type(net.get_submodule(rule.name.rpartition(".")[0])).__name__
+            raise UsageError(
+                f"parameter {rule.name!r} {rule.shape} of {owner} has no known scaling with width; "
+                f"say its role with roles={{{rule.name!r}: …}}, or wrap with parametrization='as_is'"
+            )
+    if not any(rule.role == "readout weight" for rule in rules):
+        names = {name for name, _ in net.named_parameters()}
+        tied = [name for name, _ in net.named_parameters(remove_duplicate=False) if name not in names]
+        why = f"its weight {tied[0]!r} is tied to another layer's" if tied else "it has no Linear or Conv layer"
+        raise UsageError(
+            f"{type(net).__name__} has no readout of its own to scale with width: {why}; "
+            "wrap with parametrization='as_is' and without base="
+        )
+
+
+def _initialise(net: nn.Module, rules: tuple[Rule, ...]) -> None:
     """Draw mean-field weights w ~ N(0, a²) and set biases to 0, from torch's global random state."""
+    parameters = dict(net.named_parameters())
     with torch.no_grad():
-        for name, layer in net.named_modules():
-            if not isinstance(layer, LAYERS):
-                continue
-            inputs = fan_in(layer)
-            layer.weight.normal_(0.0, 1.0 / inputs if name == readout else inputs**-0.5)
-            if layer.bias is not None:
-                layer.bias.zero_()
+        for rule in rules:
+            if rule.fresh and rule.scale is not None:
+                parameters[rule.name].normal_(0.0, rule.scale)
+            elif rule.fresh:
+                parameters[rule.name].zero_()
+
+
+def _scale_readout(net: nn.Module, rules: tuple[Rule, ...], base: Base) -> None:
+    """std of the readout ∝ 1/fan_in from the base on: torch's own initialisation makes it fan_in^(-1/2)."""
+    parameters = dict(net.named_parameters())
+    with torch.no_grad():
+        for rule in rules:
+            if rule.role == "readout weight" and rule.fan_in:
+                parameters[rule.name].mul_((base.width / rule.fan_in) ** 0.5)
+
+
+def _zero_readout(net: nn.Module, readout: str | None, inputs: Inputs, output: Output | None) -> None:
+    if readout is None:
+        raise UsageError(f"{type(net).__name__} has no Linear or Conv readout to set to 0; use center='copy'")
+    with torch.no_grad():
+        for parameter in net.get_submodule(readout).parameters():
+            parameter.zero_()
+        with probing(net):
+            largest = float(probe(net, inputs, output).abs().max())
+    if largest > 0:
+        raise UsageError(
+            f"with its readout {readout!r} at 0 the output of {type(net).__name__} is still {largest:.3g}; "
+            "use center='copy'"
+        )
 
 
 def _freeze(start: nn.Module) -> nn.Module:

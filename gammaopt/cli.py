@@ -62,9 +62,9 @@ def tasks() -> None:
 def tune(
     task: Annotated[str, typer.Argument(help="Task to study; `gammaopt tasks` lists them.")],
     loss: Annotated[str | None, typer.Option(help="mse or cross_entropy.", show_default="the task's")] = None,
-    optimizer: Annotated[str, typer.Option(help="Optimizer: sgd.")] = "sgd",
+    optimizer: Annotated[str, typer.Option(help="sgd, adam or adamw.")] = "sgd",
     steps: Annotated[int | None, typer.Option(help="Batches in each run.", show_default="the task's")] = None,
-    trials: Annotated[int, typer.Option(help="Cells (γ, η) to try, and as many rates at γ = 1.")] = 32,
+    trials: Annotated[int, typer.Option(help="Pairs (γ, rate) to try, and as many rates at γ = 1.")] = 32,
     seeds: Annotated[int, typer.Option(help="Seeds averaged in each trial.")] = 3,
     confirm_seeds: Annotated[int, typer.Option(help="Fresh seeds for the confirmation.")] = 12,
     gamma_range: Annotated[
@@ -99,15 +99,13 @@ def tune(
         if jobs is None:
             jobs = len(os.sched_getaffinity(0)) if device == "cpu" else 1
         finished = (folder / "result.json").exists()
-        with _progress(quiet) as show:
+        with _finished(quiet) if finished else _progress(quiet) as show:
             result = run(plan, folder, storage=storage, jobs=jobs, on_progress=show)
-        _tell(result, folder, finished, json, quiet)
+        _tell(result, folder, json, quiet)
 
 
-def _tell(result: TuneResult, folder: Path, finished: bool, json: bool, quiet: bool) -> None:
+def _tell(result: TuneResult, folder: Path, json: bool, quiet: bool) -> None:
     console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
-    if finished:
-        console.print("This study was finished before; only its report was written again.")
     for note in result.notes:
         console.print(f"Note: {note}.", markup=False)
     if json:
@@ -144,9 +142,29 @@ def _progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
         yield _PlainLines(console)
 
 
+@contextmanager
+def _finished(quiet: bool) -> Iterator[Callable[[Progress], None]]:
+    """One line instead of progress, once the folder has turned out to be sound."""
+    said = quiet
+
+    def show(_: Progress) -> None:
+        nonlocal said
+        if not said:
+            typer.echo("This study is finished; writing its report again.", err=True)
+        said = True
+
+    yield show
+
+
 def _best(progress: Progress) -> str:
     best = progress.best
     return "" if best is None else f"best γ = {best.gamma:.3g}: {100 * best.score:.1f} %"
+
+
+def _done(progress: Progress) -> str:
+    if progress.stage == "confirm":
+        return f"{progress.runs}/{progress.runs_total} runs"
+    return f"{progress.trials}/{progress.trials_total} trials"
 
 
 _STAGES = {"tuned": "tuning γ", "one_equal_budget": "γ = 1", "confirm": "confirming"}
@@ -178,7 +196,7 @@ def _bar(console: Console) -> Iterator[Callable[[Progress], None]]:
                 row,
                 description=_STAGES[progress.stage],
                 completed=progress.runs - start,
-                trials=f"{progress.trials}/{progress.trials_total} trials",
+                trials=_done(progress),
                 best=_best(progress),
             )
 
@@ -197,8 +215,7 @@ class _PlainLines:
             return
         self._tenth = tenth
         self._console.print(
-            f"{10 * tenth} % · {_STAGES[progress.stage]} · {progress.trials}/{progress.trials_total} trials · "
-            f"{_best(progress)}".rstrip(" ·"),
+            f"{10 * tenth} % · {_STAGES[progress.stage]} · {_done(progress)} · {_best(progress)}".rstrip(" ·"),
             highlight=False,
             markup=False,
         )

@@ -56,6 +56,17 @@ def test_bias_at_zero_and_frozen_layers_contribute_nothing() -> None:
     assert effective_depth(net, batch(16, 12)) == pytest.approx(2, abs=1e-12)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_without_biases_the_depth_does_not_depend_on_their_draw(seed: int) -> None:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 24), nn.ReLU(), nn.Linear(24, 5))
+    net = net.double()
+    before = copy.deepcopy(net.state_dict())
+    assert effective_depth(net, batch(8, 1, 6, 6), zero_biases=True) == pytest.approx(3, abs=1e-12)
+    assert effective_depth(net, batch(8, 1, 6, 6)) < 2.7
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
 def test_weights_ahead_of_a_normalisation_contribute_nothing() -> None:
     norm = nn.BatchNorm1d(24, eps=1e-14, affine=False)
     net = nn.Sequential(nn.Linear(12, 24, bias=False), norm, nn.ReLU(), nn.Linear(24, 5, bias=False)).double()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gammaopt import EtaLaw, Plan, UsageError, wrap
+from gammaopt._roles import fan_in, rules_for
 from gammaopt.online import MLP
 
 
@@ -83,9 +84,17 @@ def test_readout_is_the_layer_that_runs_last_when_inputs_are_given() -> None:
 
 
 def test_unknown_parameter_is_refused_under_mean_field_with_its_name_and_the_fix() -> None:
-    net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.ones(5, 4))
+
+    net = nn.Sequential(Lookup(), nn.Linear(4, 2))
     before = net.state_dict()["1.weight"].clone()
-    with pytest.raises(UsageError, match=r"parameter '0.weight' \(5, 4\) of Embedding .* parametrization='as_is'"):
+    with pytest.raises(
+        UsageError,
+        match=r"parameter '0.table' \(5, 4\) of Lookup has no known scaling .* roles=\{'0.table': …\}",
+    ):
         wrap(net, 1.0, depth=2, parametrization="mean_field")
     assert type(net) is nn.Sequential
     assert torch.equal(net.state_dict()["1.weight"], before)
@@ -98,11 +107,109 @@ def test_table_shows_each_parameter_with_its_effective_rate() -> None:
     assert lines[1].split() == ["parameter", "shape", "role", "multiplier", "effective", "rate"]
     assert lines[3].split() == ["1.weight", "16×20", "weight", "3.2", "1.6"]
     assert lines[4].split() == ["3.weight", "3×16", "readout", "weight", "0.25", "0.125"]
-    assert str(plan) == plan.table()
+    assert str(plan).startswith(plan.table())
     assert max(map(len, lines)) <= 80
 
 
-def test_mean_field_rates_are_refused_for_other_optimizers() -> None:
-    plan = plan_of(wrap(MLP(20, 3, depth=2), 4.0, depth=2, parametrization="mean_field"))
-    with pytest.raises(UsageError, match="mean_field rates are defined for SGD, not for adam"):
-        plan.multipliers("adam")
+def test_adam_rates_in_mean_field_form() -> None:
+    inputs, width, gamma = 20, 16, 50.0
+    plan = plan_of(wrap(MLP(inputs, 3, width=width, depth=3, bias=True), gamma, depth=3, parametrization="mean_field"))
+    s = EtaLaw(3, "adam").factor(gamma)
+    scales = plan.scales("adam")
+    assert {name: scale.lr for name, scale in scales.items()} == pytest.approx(
+        {
+            "1.weight": s / inputs,
+            "1.bias": s,
+            "3.weight": s / width,
+            "3.bias": s,
+            "5.weight": s / width,
+            "5.bias": s,
+        }
+    )
+    of_readout = {name: 1.0 if name.startswith("5.") else 1 / width for name in scales}
+    assert {name: scale.eps * gamma for name, scale in scales.items()} == pytest.approx(of_readout)
+
+
+class Everything(nn.Module):
+    """One parameter of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 5, 8))
+        self.tokens = nn.Embedding(10, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.up = nn.ConvTranspose1d(8, 6, 4, stride=2, groups=2)
+        self.recurrent = nn.LSTM(6, 8, batch_first=True)
+        self.lora_A = nn.Parameter(torch.ones(2, 8))
+        self.lora_B = nn.Parameter(torch.zeros(8, 2))
+        self.layer_scale = nn.Parameter(torch.ones(8))
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+        self.head = nn.Linear(8, 3)
+
+
+def test_every_kind_of_parameter_has_its_role_and_fan_in() -> None:
+    found = {rule.name: (rule.role, rule.fan_in) for rule in rules_for(Everything(), "head")}
+    assert found == {
+        "cls_token": ("embedding", None),
+        "pos_embed": ("embedding", None),
+        "tokens.weight": ("embedding", None),
+        "attention.in_proj_weight": ("weight", 8),
+        "attention.in_proj_bias": ("bias", None),
+        "attention.out_proj.weight": ("weight", 8),
+        "attention.out_proj.bias": ("bias", None),
+        "norm.weight": ("norm", None),
+        "norm.bias": ("norm", None),
+        "up.weight": ("weight", 8 / 2 * 4 / 2),
+        "up.bias": ("bias", None),
+        "recurrent.weight_ih_l0": ("weight", 6),
+        "recurrent.weight_hh_l0": ("weight", 8),
+        "recurrent.bias_ih_l0": ("bias", None),
+        "recurrent.bias_hh_l0": ("bias", None),
+        "lora_A": ("weight", 8),
+        "lora_B": ("weight", 2),
+        "layer_scale": ("norm", None),
+        "temperature": ("scalar", None),
+        "head.weight": ("readout weight", 8),
+        "head.bias": ("readout bias", None),
+    }
+
+
+@pytest.mark.parametrize(("stride", "groups"), [(1, 1), (2, 1), (2, 2), (4, 1)])
+def test_transposed_convolution_has_unit_output_at_its_fan_in(stride: int, groups: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(16, 32, 4, stride=stride, groups=groups, bias=False)
+    layer.weight.data.normal_(0, fan_in(layer, tuple(layer.weight.shape)) ** -0.5)
+    out = layer(torch.randn(8, 16, 12, 12)).detach()[..., 4:-4, 4:-4]
+    assert float(out.square().mean()) == pytest.approx(1.0, rel=0.1)
+
+
+def test_tokens_adapters_and_norms_keep_their_initialisation_under_mean_field() -> None:
+    net = Everything()
+    wrap(net, 1.0, depth=3, parametrization="mean_field")
+    values = net.state_dict()
+    assert not values["lora_B"].any()
+    assert not values["cls_token"].any()
+    assert bool((values["norm.weight"] == 1).all())
+    assert values["tokens.weight"].std() > 0.5
+
+
+def test_tied_readout_is_refused_under_mean_field_and_fine_as_is() -> None:
+    net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
+    net[1].weight = net[0].weight
+    with pytest.raises(UsageError, match=r"no readout of its own .* '1.weight' is tied .* parametrization='as_is'"):
+        wrap(net, 1.0, depth=2, parametrization="mean_field")
+    assert set(plan_of(wrap(net, 4.0, depth=2)).multipliers().values()) == {4.0}
+
+
+def test_roles_are_stated_where_modules_do_not_tell_and_misspellings_are_named() -> None:
+    net = nn.Sequential(Reversed(), nn.Linear(2, 2))
+    net.table = nn.Parameter(torch.ones(5, 4))
+    wrap(net, 1.0, depth=3, parametrization="mean_field", roles={"table": "embedding"})
+    assert plan_of(net).multipliers()["table"] == 2
+    other = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(UsageError, match=r"roles names 'tabel', which is no parameter of Sequential"):
+        wrap(other, 1.0, depth=3, roles={"tabel": "embedding"})
+    with pytest.raises(UsageError, match=r"unknown role for '0.weight' 'matrix'"):
+        wrap(other, 1.0, depth=3, roles={"0.weight": "matrix"})  # type: ignore[dict-item]

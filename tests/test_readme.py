@@ -1,4 +1,4 @@
-"""README does what it says: its example runs, its table is the committed result, and CI runs nothing it doesn't show."""
+"""README does what it says: its example runs, its table is the committed result, and CI runs only what it shows."""
 
 from __future__ import annotations
 

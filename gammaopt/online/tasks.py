@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from gammaopt._errors import one_of
-from gammaopt._laws import Loss
+from gammaopt._laws import Loss, OptimizerFamily
 from gammaopt.online.models import MLP
 from gammaopt.online.streams import Digits, Stream
 
@@ -24,8 +24,8 @@ class Task:
         build: makes a fresh network.
         depth: effective depth of that network.
         losses: losses it can be trained with, the default first.
-        base_lr: loss → a rate that trains at γ = 1 in mean-field form. Only the centre of the searched range, five
-            octaves on either side, for every γ alike.
+        base_lr: (optimizer family, loss) → a rate that trains at γ = 1 in mean-field form. Only the centre of the
+            searched range, five octaves on either side, for every γ alike.
         steps, batch_size: default budget.
     """
 
@@ -35,7 +35,7 @@ class Task:
     build: Callable[[], nn.Module]
     depth: float
     losses: tuple[Loss, ...]
-    base_lr: dict[str, float] = field(hash=False)
+    base_lr: Mapping[tuple[OptimizerFamily, Loss], float] = field(hash=False)
     steps: int = 1000
     batch_size: int = 32
 
@@ -54,7 +54,12 @@ TASKS: dict[str, Task] = {
             build=_digits_mlp,
             depth=3.0,
             losses=("cross_entropy", "mse"),
-            base_lr={"cross_entropy": 2.0, "mse": 16.0},
+            base_lr={
+                ("sgd", "cross_entropy"): 2.0,
+                ("sgd", "mse"): 16.0,
+                ("adam", "cross_entropy"): 0.5,
+                ("adam", "mse"): 0.5,
+            },
         ),
     ]
 }

@@ -7,7 +7,8 @@ never reads a number back from the device inside a step: losses and hits are kep
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, cast, get_args
@@ -17,15 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gammaopt._errors import UsageError, at_least, one_of, positive
-from gammaopt._laws import Loss
-from gammaopt._plan import Plan
+from gammaopt._laws import Loss, OptimizerFamily
+from gammaopt._plan import Parametrization, Plan
 from gammaopt._wrap import wrap
 from gammaopt.online.record import Curve, RunRecord, log_spaced, six_digits
 from gammaopt.online.streams import Batches, Stream
-from gammaopt.optim import SGD
+from gammaopt.optim import SGD, Adam, AdamW
 
-OptimizerName = Literal["sgd"]
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": SGD}
+OptimizerName = Literal["sgd", "adam", "adamw"]
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
+FAMILIES: dict[str, OptimizerFamily] = {"sgd": "sgd", "adam": "adam", "adamw": "adam"}
 
 LOOK_EVERY = 50  # steps between two looks at the losses on the device
 DIVERGED_RATIO = 1e3  # a loss this many times the loss of f = 0 has diverged
@@ -40,10 +42,12 @@ class Recipe:
         build: makes a fresh network h; called after seeding torch's global generator.
         stream: where the batches come from.
         loss: ``"mse"`` (mean over samples and outputs, one-hot targets for classes) or ``"cross_entropy"``.
-        optimizer: name in ``OPTIMIZERS``.
+        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
         steps: batches in the one pass.
         batch_size: samples in a batch.
+        parametrization: ``"mean_field"``, or ``"as_is"`` for the initialisation that ``build`` gives.
         depth: effective depth of the network; the measured one if ``None``.
+        knee: where the law bends; see :func:`gammaopt.wrap`.
         device: where to train.
         dtype: floating-point type of network and inputs.
     """
@@ -54,7 +58,9 @@ class Recipe:
     optimizer: OptimizerName = "sgd"
     steps: int = 1000
     batch_size: int = 32
+    parametrization: Parametrization = "mean_field"
     depth: float | None = None
+    knee: float | None = None
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 
@@ -68,7 +74,7 @@ class Recipe:
 
 
 def train(recipe: Recipe, *, gamma: float, lr: float, seed: int, batches: Batches | None = None) -> RunRecord:
-    """Train one network in mean-field form for one pass and return its record. A diverged run is a record too.
+    """Train one network for one pass and return its record. A diverged run is a record too.
 
     The seed fixes the initialisation, the batches and their order, so runs that differ in γ or rate only are paired.
 
@@ -97,7 +103,15 @@ def train(recipe: Recipe, *, gamma: float, lr: float, seed: int, batches: Batche
             f"batches of seed {batches.seed}, size {batches.size}, {batches.steps} steps can't serve "
             f"seed {seed}, size {recipe.batch_size}, {recipe.steps} steps; record them anew"
         )
-    model = _fresh_model(recipe, gamma, seed, batches[0][0])
+    with _seeded(recipe.device, seed):
+        model, log = _run(recipe, gamma, lr, batches)
+    plan = cast("Plan", model.gammaopt)
+    effective_lr = lr * plan.law(FAMILIES[recipe.optimizer]).factor(gamma)
+    return log.record(model, gamma=gamma, lr=lr, effective_lr=effective_lr, seed=seed)
+
+
+def _run(recipe: Recipe, gamma: float, lr: float, batches: Batches) -> tuple[nn.Module, _Log]:
+    model = _fresh_model(recipe, gamma, batches[0][0])
     optimizer = OPTIMIZERS[recipe.optimizer](model.parameters(), lr=lr)  # type: ignore[call-arg]
     criterion = CRITERIA[recipe.loss]
     log = _Log(recipe)
@@ -111,9 +125,16 @@ def train(recipe: Recipe, *, gamma: float, lr: float, seed: int, batches: Batche
         optimizer.step()
         if (step + 1) % LOOK_EVERY == 0 and log.diverged_at() is not None:
             break
-    plan = cast("Plan", model.gammaopt)
-    effective_lr = lr * plan.law().factor(gamma)
-    return log.record(model, gamma=gamma, lr=lr, effective_lr=effective_lr, seed=seed)
+    return model, log
+
+
+@contextmanager
+def _seeded(device: str, seed: int) -> Iterator[None]:
+    """torch's global generators, seeded for a run (initialisation, dropout) and given back as they were."""
+    cuda = torch.device(device).type == "cuda"
+    with torch.random.fork_rng([torch.device(device).index or 0] if cuda else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def mean_squared_error(output: Tensor, targets: Tensor) -> Tensor:
@@ -136,18 +157,16 @@ def _hits(output: Tensor, targets: Tensor) -> Tensor:
     return output.argmax(-1) == targets
 
 
-def _fresh_model(recipe: Recipe, gamma: float, seed: int, example: Tensor) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = recipe.build().to(recipe.dtype)
-        model = wrap(
-            net,
-            gamma,
-            depth=recipe.depth,
-            example_inputs=example.to("cpu", recipe.dtype),
-            parametrization="mean_field",
-            loss=recipe.loss,
-        )
+def _fresh_model(recipe: Recipe, gamma: float, example: Tensor) -> nn.Module:
+    model = wrap(
+        recipe.build().to(recipe.dtype),
+        gamma,
+        depth=recipe.depth,
+        example_inputs=example.to("cpu", recipe.dtype),
+        parametrization=recipe.parametrization,
+        knee=recipe.knee,
+        loss=recipe.loss,
+    )
     return model.to(recipe.device)
 
 

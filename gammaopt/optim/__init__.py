@@ -1,5 +1,8 @@
 """Torch's own optimizers, with per-parameter multipliers on the learning rate applied inside ``step()``."""
 
+from gammaopt.optim._adam import Adam as Adam
+from gammaopt.optim._adam import AdamW as AdamW
+from gammaopt.optim._param_groups import param_groups as param_groups
 from gammaopt.optim._sgd import SGD as SGD
 
-__all__ = ["SGD"]
+__all__ = ["SGD", "Adam", "AdamW", "param_groups"]

@@ -7,31 +7,70 @@ group's ``params``: by position, because deepcopy, pickling and sharding replace
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _use_grad_for_differentiable
 
 from gammaopt import _registry
-from gammaopt._errors import UsageError
+from gammaopt._errors import UsageError, positive
 from gammaopt._laws import EtaLaw, Loss, OptimizerFamily
+from gammaopt._plan import Scale
+
+Buckets = list[tuple[Scale, list[int]]]
+
+
+@dataclass(frozen=True)
+class GroupScales:
+    """The scales and names of one group's parameters, in the group's order.
+
+    ``whole`` are the buckets of a step in which every parameter has a gradient: the usual one, so they are kept.
+    """
+
+    scales: tuple[Scale, ...]
+    names: tuple[str, ...]
+    whole: Buckets = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "whole", _buckets(self.scales))
+
+    def buckets(self, parameters: list[Tensor], stepped: int) -> Buckets:
+        """Scale → positions, among the ``stepped`` parameters that have a gradient, of those that share it.
+
+        One call of torch's kernel serves a bucket.
+        """
+        if stepped == len(self.scales):
+            return self.whole
+        pairs = zip(parameters, self.scales, strict=True)
+        return _buckets(scale for parameter, scale in pairs if parameter.grad is not None)
+
+
+def _buckets(scales: Iterable[Scale]) -> Buckets:
+    buckets: dict[Scale, list[int]] = {}
+    for position, scale in enumerate(scales):
+        buckets.setdefault(scale, []).append(position)
+    return list(buckets.items())
 
 
 class Multipliers(Optimizer):
-    """Mixin for a torch optimizer: finds each parameter's multiplier when a group is added, and keeps it.
+    """Mixin for a torch optimizer: finds each parameter's scale when a group is added, keeps it, steps with it.
 
-    A subclass sets ``_law`` (or ``None``) before ``super().__init__``.
+    A subclass names its ``_family``, calls :meth:`_set_law` before torch's ``__init__``, and steps one bucket of
+    parameters that share a scale in ``_step_bucket``.
     """
 
     _family: ClassVar[OptimizerFamily]
     _law: tuple[EtaLaw, float] | None
-    _multipliers: list[list[float]]
-    _names: list[list[str]]
+    _scales: list[GroupScales]
+    _version: int = -1  # of the live plans that the scales were looked up in
 
     def _set_law(self, gamma: float | None, depth: float | None, loss: Loss, knee: float) -> None:
         """Keep the law for parameters of no wrapped model, from the optimizer's own ``gamma=`` and ``depth=``."""
-        self._multipliers, self._names = [], []
+        self._scales, self._version = [], _registry.version()
         self._law = None
         if gamma is None and depth is None:
             return
@@ -42,64 +81,113 @@ class Multipliers(Optimizer):
         law.factor(gamma)  # a bad gamma is reported here, before torch sees the parameters
         self._law = law, gamma
 
+    @staticmethod
+    def _check_lr(lr: float | Tensor) -> None:
+        # A tensor of several elements is torch's to report.
+        if not isinstance(lr, Tensor) or lr.numel() == 1:
+            positive("lr", float(lr.detach()) if isinstance(lr, Tensor) else lr)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
-            multipliers, names = self._resolve(self.param_groups[-1]["params"])
+            scales = self._resolve(self.param_groups[-1]["params"])
         except BaseException:
             self.param_groups.pop()
             raise
-        self._multipliers.append(multipliers)
-        self._names.append(names)
+        self._scales.append(scales)
 
-    def _resolve(self, parameters: list[Tensor]) -> tuple[list[float], list[str]]:
-        owners = _registry.owners(parameters)
-        start = sum(map(len, self._multipliers))
+    def _resolve(self, parameters: list[Tensor]) -> GroupScales:
+        start = sum(len(group.scales) for group in self._scales)
         if self._law is not None:
-            for owner in owners:
-                if owner is not None:
-                    raise UsageError(
-                        f"parameter {owner.name!r} belongs to a model wrapped with γ = {owner.plan.gamma:g}, "
-                        f"but gamma={self._law[1]:g} was given too; drop gamma= and depth= here"
-                    )
-            law, gamma = self._law
-            names = [f"parameter {start + index}" for index in range(len(parameters))]
-            return [law.factor(gamma)] * len(parameters), names
-        cache: dict[int, dict[str, float]] = {}
-        multipliers, names = [], []
-        for index, (parameter, owner) in enumerate(zip(parameters, owners, strict=True)):
-            if owner is None:
+            return self._from_law(parameters, start)
+        return _owned(parameters, self._family, start)
+
+    def _from_law(self, parameters: list[Tensor], start: int) -> GroupScales:
+        assert self._law is not None
+        law, gamma = self._law
+        for owner in _registry.owners(parameters):
+            if owner is not None:
                 raise UsageError(
-                    f"parameter {start + index} {tuple(parameter.shape)} belongs to no wrapped model; "
-                    "call gammaopt.wrap(net, gamma=…) first, or give gamma= and depth= to the optimizer"
+                    f"parameter {owner.name!r} belongs to a model wrapped with γ = {owner.plan.gamma:g}, "
+                    f"but gamma={gamma:g} was given too; drop gamma= and depth= here"
                 )
-            table = cache.setdefault(id(owner.plan), {}) or owner.plan.multipliers(self._family)
-            cache[id(owner.plan)] = table
-            multipliers.append(table[owner.name])
-            names.append(owner.name)
-        return multipliers, names
+        names = tuple(f"parameter {start + index}" for index in range(len(parameters)))
+        return GroupScales((Scale(law.factor(gamma), 1.0 / gamma),) * len(parameters), names)
+
+    def _look_up_again(self) -> None:
+        """Take the scales anew if a live plan changed: a checkpoint brings the depth and knee it was trained with."""
+        if self._version == _registry.version():
+            return
+        self._version = _registry.version()
+        if self._law is None and all(all(_registry.owners(group["params"])) for group in self.param_groups):
+            self._scales = [_owned(group["params"], self._family) for group in self.param_groups]
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {"_multipliers": self._multipliers, "_names": self._names, "_law": self._law}
+        kept = {"_scales": self._scales, "_law": self._law}
         return {**super().__getstate__(), **kept}
 
     def effective_lrs(self) -> dict[str, float]:
         """Parameter name → the rate it is stepped with now: the group's ``lr`` times its multiplier."""
-        groups = zip(self.param_groups, self._names, self._multipliers, strict=True)
+        self._check_groups()
         return {
-            name: float(group["lr"]) * multiplier
-            for group, names, multipliers in groups
-            for name, multiplier in zip(names, multipliers, strict=True)
+            name: float(torch.as_tensor(group["lr"], dtype=torch.float64).detach()) * scale.lr
+            for group, scales in zip(self.param_groups, self._scales, strict=True)
+            for name, scale in zip(scales.names, scales.scales, strict=True)
         }
 
-    def _with_gradients(self, group_index: int) -> Iterator[tuple[int, float]]:
-        """(position among the group's parameters that have a gradient, multiplier), in the group's order."""
-        pairs = zip(self.param_groups[group_index]["params"], self._multipliers[group_index], strict=True)
-        return enumerate(multiplier for parameter, multiplier in pairs if parameter.grad is not None)
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; with ``closure``, after evaluating it. Returns the closure's loss, or ``None``."""
+        self._before_step()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_groups()
+        for group, scales in zip(self.param_groups, self._scales, strict=True):
+            self._step_group(group, scales)
+        return loss
 
-    def _buckets(self, group_index: int) -> dict[float, list[int]]:
-        """Multiplier → positions of the parameters that share it: one call of torch's kernel for each."""
-        buckets: dict[float, list[int]] = {}
-        for position, multiplier in self._with_gradients(group_index):
-            buckets.setdefault(multiplier, []).append(position)
-        return buckets
+    def _check_groups(self) -> None:
+        """Scales are kept by position: they would be a neighbour's if parameters had come or gone by hand."""
+        self._look_up_again()
+        now = [len(group["params"]) for group in self.param_groups]
+        then = [len(group.scales) for group in self._scales]
+        if now != then:
+            held, added = (" + ".join(map(str, counts)) or "no" for counts in (now, then))
+            raise UsageError(
+                f"param_groups hold {held} parameters, but {added} were added; add parameters with "
+                f"add_param_group, and build a new {type(self).__name__} to drop some"
+            )
+
+    def _before_step(self) -> None:
+        """Checks that torch's own class does first."""
+
+    def _step_group(self, group: dict[str, Any], scales: GroupScales) -> None:
+        raise TypeError(f"{type(self).__name__} does not say how a group is stepped")
+
+
+def _owned(parameters: list[Tensor], family: OptimizerFamily, start: int = 0) -> GroupScales:
+    scales, names = owned_scales(parameters, family, start)
+    return GroupScales(tuple(scales), tuple(names))
+
+
+def owned_scales(parameters: list[Tensor], family: OptimizerFamily, start: int = 0) -> tuple[list[Scale], list[str]]:
+    """Scale and name of each parameter, from the wrapped model that holds it.
+
+    Raises:
+        UsageError: for a parameter of no wrapped model; ``start`` is the number of the first one, for the message.
+    """
+    tables: dict[int, dict[str, Scale]] = {}
+    scales, names = [], []
+    for index, (parameter, owner) in enumerate(zip(parameters, _registry.owners(parameters), strict=True)):
+        if owner is None:
+            raise UsageError(
+                f"parameter {start + index} {tuple(parameter.shape)} belongs to no wrapped model; "
+                "call gammaopt.wrap(net, gamma=…) first, or give gamma= and depth= to the optimizer"
+            )
+        if id(owner.plan) not in tables:
+            tables[id(owner.plan)] = owner.plan.scales(family)
+        scales.append(tables[id(owner.plan)][owner.name])
+        names.append(owner.name)
+    return scales, names

@@ -6,17 +6,15 @@ set. Momentum and Nesterov act on that same gradient, as in torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
+from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
-from gammaopt._errors import positive
 from gammaopt._laws import Loss, OptimizerFamily
-from gammaopt.optim._multipliers import Multipliers
+from gammaopt.optim._multipliers import GroupScales, Multipliers
 
 
 class SGD(Multipliers, torch.optim.SGD):
@@ -44,7 +42,7 @@ class SGD(Multipliers, torch.optim.SGD):
         (0.4, 0.1)
     """
 
-    _family: OptimizerFamily = "sgd"  # type: ignore[misc]
+    _family: ClassVar[OptimizerFamily] = "sgd"
 
     def __init__(
         self,
@@ -64,9 +62,8 @@ class SGD(Multipliers, torch.optim.SGD):
         loss: Loss = "mse",
         knee: float = 1.0,
     ) -> None:
-        positive("lr", float(lr) if isinstance(lr, Tensor) else lr)
+        self._check_lr(lr)
         self._set_law(gamma, depth, loss, knee)
-
         torch.optim.SGD.__init__(
             self,
             params,
@@ -81,32 +78,21 @@ class SGD(Multipliers, torch.optim.SGD):
             fused=fused,
         )
 
-    @_use_grad_for_differentiable
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; with ``closure``, after evaluating it. Returns the closure's loss, or ``None``."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for index, group in enumerate(self.param_groups):
-            self._step_group(index, group)
-        return loss
-
-    def _step_group(self, index: int, group: dict[str, Any]) -> None:
+    def _step_group(self, group: dict[str, Any], scales: GroupScales) -> None:
         parameters: list[Tensor] = []
         gradients: list[Tensor] = []
         buffers: list[Tensor | None] = []
         has_sparse_grad = self._init_group(group, parameters, gradients, buffers)
         momentum = group["momentum"] != 0
-        for multiplier, members in self._buckets(index).items():
+        for scale, members in scales.buckets(group["params"], len(parameters)):
             of_bucket = [buffers[i] for i in members] if momentum else []
             sgd(
                 [parameters[i] for i in members],
                 [gradients[i] for i in members],
                 of_bucket,
                 # lr is never changed in place: a tensor lr is shared with the scheduler.
-                lr=group["lr"] * multiplier,
-                weight_decay=group["weight_decay"] / multiplier,
+                lr=group["lr"] * scale.lr,
+                weight_decay=group["weight_decay"] / scale.lr,
                 momentum=group["momentum"],
                 dampening=group["dampening"],
                 nesterov=group["nesterov"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,9 +63,8 @@ def gamma_curve_on(axes: Axes, result: TuneResult) -> None:
     bottom = max(min(scores) - 1, max(scores) - SHOWN_POINTS)
     axes.set_ylim(bottom=bottom, top=max(scores) + 1)
     below = sum(100 * t.score < bottom for t in searched)
-    axes.legend(
-        frameon=False, fontsize=8, loc="lower right", title=f"{below} trials lie below the frame", title_fontsize=8
-    )
+    title = f"{below} trials lie below the frame"
+    axes.legend(framealpha=0.9, edgecolor="none", fontsize=8, loc="lower right", title=title, title_fontsize=8)
 
 
 def plane(result: TuneResult) -> Figure:
@@ -110,9 +108,11 @@ def loss_curves(result: TuneResult) -> Figure:
     for name, colour in (("one_equal_budget", ONE), ("tuned", TUNED)):
         arm = result.arms[name]
         steps, mean, spread = _mean_curve(result.runs[name])
-        axes.plot(steps, mean, color=colour, lw=1.8, label=f"γ = {arm.gamma:.3g}, η = {arm.effective_lr:.3g}")
+        label = f"γ = {arm.gamma:.3g}, η = {arm.effective_lr:.3g}" + ("" if len(steps) else ": diverged at once")
+        axes.plot(steps, mean, color=colour, lw=1.8, label=label)
         axes.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.18, lw=0)
     axes.set_xscale("log")
+    axes.set_xlim(1, int(result.plan.steps or 1) + 1)  # also where every run diverged at once and nothing is drawn
     axes.set_xlabel("step")
     axes.set_ylabel(f"online loss ({str(result.plan.loss).replace('_', ' ')})")
     axes.set_ylim(bottom=0)
@@ -123,7 +123,5 @@ def loss_curves(result: TuneResult) -> Figure:
 def _mean_curve(runs: tuple[RunRecord, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps, mean loss and standard deviation over runs, as far as all of them got before diverging."""
     length = min(len(run.curve.steps) for run in runs)
-    losses = np.array([run.curve.loss[:length] for run in runs])
-    if not length:
-        return np.array([1.0]), np.array([math.nan]), np.array([math.nan])
+    losses = np.array([run.curve.loss[:length] for run in runs]).reshape(len(runs), length)
     return np.array(runs[0].curve.steps[:length]), losses.mean(0), losses.std(0)

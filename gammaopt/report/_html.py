@@ -32,7 +32,7 @@ svg { max-width: 100%; height: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #dde3e6; }
 th:first-child, td:first-child { text-align: left; }
-pre { background: #f4f6f7; padding: .7rem 1rem; overflow-x: auto; font-size: .85rem; }
+pre { background: #f4f6f7; padding: .7rem 1rem; white-space: pre-wrap; font-size: .85rem; }
 p.caption { color: #55626a; font-size: .9rem; margin-top: .2rem; }
 </style>
 </head>
@@ -104,7 +104,17 @@ def _final_words(result: TuneResult) -> str:
 
 
 def _arms_table(result: TuneResult) -> str:
-    head = ("arm", "trials", "diverged", "γ", "lr at γ = 1", "η", "tuning score", "fresh seeds", "held-out at the end")
+    head = (
+        "arm",
+        "trials",
+        "diverged",
+        "γ",
+        "lr (as given)",
+        "η = lr·s(γ)",
+        "tuning score",
+        "fresh seeds",
+        "held-out at the end",
+    )
     rows = (
         (
             ARM_TITLES[name],

@@ -13,7 +13,7 @@ from typing import Any
 from gammaopt._errors import UsageError, at_least, one_of, positive
 from gammaopt._laws import EtaLaw
 from gammaopt.online.tasks import Task, get_task
-from gammaopt.online.train import OPTIMIZERS, Recipe
+from gammaopt.online.train import FAMILIES, OPTIMIZERS, Recipe
 
 LAW_VERSION = 1  # of the formulas behind η*(γ): a study made under other formulas is another study
 CONFIRM_OFFSET = 500_000  # distance between tuning and confirmation seeds
@@ -26,7 +26,7 @@ class StudyPlan:
     Args:
         task: name of a bundled task.
         loss: one of the task's losses; its default if ``None``.
-        optimizer: ``"sgd"``.
+        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
         steps: batches in each run's one pass; the task's default if ``None``.
         trials: K·M, the budget of (γ, η) cells of the tuned arm and of rates at γ = 1; ≥ 4.
         seeds: seeds each trial is averaged over.
@@ -58,6 +58,8 @@ class StudyPlan:
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         for name, minimum in {"steps": 1, "trials": 4, "seeds": 1, "confirm_seeds": 2, "seed": 0}.items():
             at_least(name, getattr(self, name), minimum)
+        if len(self.gamma_range) != 2:
+            raise UsageError(f"gamma_range={tuple(self.gamma_range)} is no pair; give the lowest and the highest γ")
         low, high = (positive("gamma", value) for value in self.gamma_range)
         if not low < high:
             raise UsageError(f"gamma_range={low:g} {high:g} is empty; give the lower γ first")
@@ -89,12 +91,12 @@ class StudyPlan:
     @property
     def base_lr(self) -> float:
         """The centre of the searched rates, at γ = 1."""
-        return self.definition.base_lr[str(self.loss)]
+        return self.definition.base_lr[FAMILIES[self.optimizer], self.loss]  # type: ignore[index]
 
     @property
     def law(self) -> EtaLaw:
         """The law that turns a rate at γ = 1 into the rate at γ."""
-        return EtaLaw(self.definition.depth, "sgd", self.loss)  # type: ignore[arg-type]
+        return EtaLaw(self.definition.depth, FAMILIES[self.optimizer], self.loss)  # type: ignore[arg-type]
 
     def recipe(self) -> Recipe:
         """How its runs are trained."""
@@ -130,7 +132,7 @@ class StudyPlan:
         low, high = self.gamma_range
         words: list[object] = ["gammaopt", "tune", self.task, "--loss", self.loss, "--optimizer", self.optimizer]
         words += ["--steps", self.steps, "--trials", self.trials, "--seeds", self.seeds]
-        words += ["--confirm-seeds", self.confirm_seeds, "--gamma-range", f"{low:g}", f"{high:g}"]
+        words += ["--confirm-seeds", self.confirm_seeds, "--gamma-range", low, high]
         words += ["--device", self.device, "--seed", self.seed]
         return shlex.join(map(str, words))
 
@@ -139,9 +141,11 @@ def _check_device(name: str) -> None:
     import torch
 
     try:
+        torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device {name!r}; choose cpu, or cuda on a machine that has it") from None
+    try:
         torch.empty(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0].partition(". ")[0]
-        raise UsageError(
-            f"device {name!r} can't be used: {reason}; choose cpu, or a device that this torch sees"
-        ) from None
+        raise UsageError(f"device {name!r} can't be used: {reason}; choose cpu") from None

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 METRIC = "prequential_accuracy"
 BATCH = 4  # trials asked for together; fixed, so that the search does not depend on the number of workers
 
+_REBUILD = "restore it, or remove it and run the same command: the trials are made again from the finished runs"
+
 Evaluate = Callable[[list[Cell]], dict[Cell, RunRecord]]
 
 
@@ -55,7 +57,7 @@ def open_storage(url: str) -> Any:
         ) from None
     except Exception as error:  # SQLAlchemy, its driver and Optuna each have their own
         reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"the storage {url} can't be opened ({reason}); restore it, or choose another") from None
+        raise UsageError(f"the storage {url} can't be opened ({reason}); {_REBUILD}") from None
 
 
 def search(
@@ -79,43 +81,68 @@ def search(
         study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
         if "plan" not in study.user_attrs:
             study.set_user_attr("plan", plan.to_dict())
-        for stale in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-            # Its process is gone: this one holds the folder's lock. The same cell is proposed again.
-            study.tell(stale.number, state=optuna.trial.TrialState.FAIL)
-        done = _completed(study, plan, arm)
-        for before in done:
+        for before in _completed(study, plan, arm):
             told(before)
         start = arm.space.points(max(arm.trials // 2, min(BATCH, arm.trials)), seed=plan.seed)
-        while len(done) < arm.trials:
-            asked = _ask(study, arm, start, len(done), plan.seed)
-            cells = [[Cell(*arm.space.cell(t.params), seed) for seed in plan.tuning_seeds] for t in asked]
+        while len(done := _completed(study, plan, arm)) < arm.trials:
+            batch = _ask(study, arm, start, len(done), plan.seed)
+            cells = [[Cell(*arm.space.cell(t.params), seed) for seed in plan.tuning_seeds] for t in batch]
             records = evaluate([cell for row in cells for cell in row])
-            for trial, row in zip(asked, cells, strict=True):
+            for trial, row in zip(batch, cells, strict=True):
                 _tell(study, trial, [records[cell] for cell in row])
-            fresh = _completed(study, plan, arm)[len(done) :]
-            for made in fresh:
+            for made in _completed(study, plan, arm)[len(done) :]:
                 told(made)
-            done += fresh
         return done
 
 
 def _ask(
     study: optuna.Study, arm: Search, start: list[dict[str, float]], done: int, seed: int
 ) -> list[optuna.trial.Trial]:
+    """The trials of the next batch: those that a killed process left asked and untold, then new ones.
+
+    Which points come next depends on the finished trials and on the number of the trial only, so a study that was
+    killed anywhere goes on to the result it would have had.
+    """
     import optuna
 
+    running = optuna.trial.TrialState.RUNNING
     distributions: dict[str, Any] = {
         name: optuna.distributions.FloatDistribution(low, high) for name, (low, high) in arm.space.ranges().items()
     }
-    # A new seed for every batch: a sampler made anew on resuming must not repeat its first points.
-    digest = hashlib.blake2b(f"{seed}/{arm.arm}/{done}".encode(), digest_size=4).digest()
-    study.sampler = optuna.samplers.TPESampler(n_startup_trials=0, seed=int.from_bytes(digest, "little"))
-    asked = []
-    for index in range(done, min(done + BATCH, arm.trials)):
-        if index < len(start):
-            study.enqueue_trial(start[index])
-        asked.append(study.ask(distributions))
-    return asked
+    batch = []
+    for left in study.get_trials(deepcopy=False, states=(running,)):
+        # Its process is gone: this one holds the folder's lock.
+        if set(left.params) == set(distributions):
+            batch.append(optuna.trial.Trial(study, left._trial_id))
+        else:  # killed within ask
+            study.tell(left.number, state=optuna.trial.TrialState.FAIL)
+    for index in range(done + len(batch), min(BATCH * (done // BATCH + 1), arm.trials)):
+        # A seed of its own for each trial: a sampler made anew on resuming must not repeat its first points.
+        digest = hashlib.blake2b(f"{seed}/{arm.arm}/{index}".encode(), digest_size=4).digest()
+        study.sampler = (
+            _given(start[index])
+            if index < len(start)
+            else optuna.samplers.TPESampler(n_startup_trials=0, seed=int.from_bytes(digest, "little"))
+        )
+        batch.append(study.ask(distributions))
+    return batch
+
+
+def _given(point: dict[str, float]) -> optuna.samplers.BaseSampler:
+    """A sampler of one given point. Not ``enqueue_trial``: a point enqueued by a killed process would come up twice."""
+    from optuna.samplers import BaseSampler
+
+    class Given(BaseSampler):
+        def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
+            return {}
+
+        def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
+            return {}
+
+        def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> float:
+            return point[param_name]
+
+    return Given()
 
 
 def _tell(study: optuna.Study, trial: optuna.trial.Trial, records: list[RunRecord]) -> None:
@@ -125,7 +152,8 @@ def _tell(study: optuna.Study, trial: optuna.trial.Trial, records: list[RunRecor
         trial.set_user_attr(key, value)
     trial.set_user_attr("scores", [getattr(record, METRIC) for record in records])
     trial.set_user_attr("diverged_seeds", diverged)
-    trial.set_constraint("diverged", float(len(diverged)) or -1.0)
+    if "diverged" not in trial.constraints:  # a process may have been killed just after it
+        trial.set_constraint("diverged", float(len(diverged)) or -1.0)
     study.tell(trial, sum(getattr(record, METRIC) for record in records) / len(records))
 
 
@@ -151,6 +179,4 @@ def _as_usage_error() -> Iterator[None]:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise UsageError(
-            f"the study's storage can't be used ({reason}); restore it, or choose another folder with --out"
-        ) from None
+        raise UsageError(f"the study's storage can't be used ({reason}); {_REBUILD}") from None

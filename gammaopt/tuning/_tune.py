@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 from gammaopt._errors import UsageError, at_least, require
 from gammaopt.online.record import RunRecord
@@ -117,7 +118,7 @@ def tune(
                 counter.event()
             return {cell: folder.runs[cell] for cell in cells}
 
-        backend = given or open_storage(f"sqlite:///{(out / 'study.db').resolve()}")
+        backend = given or open_storage(f"sqlite:///{quote(str((out / 'study.db').resolve()))}")
         trials: dict[str, list[Trial]] = {}
         for arm in _arms(plan):
             counter.stage = arm.arm
@@ -131,6 +132,7 @@ def tune(
         counter.stage, counter.confirm_runs = "confirm", len(cells)
         counter.event()
         records = evaluate(cells)
+        counter.event()
         runs = {
             name: tuple(records[Cell(best.gamma, best.lr, seed)] for seed in plan.fresh_seeds)
             for name, best in chosen.items()

@@ -1,0 +1,248 @@
+r"""What a wrapped model is: its own class, plus f = (h − h₀)/γ and θ₀'s company.
+
+θ₀ is a frozen copy that is no submodule, so it is in neither ``parameters()`` nor ``modules()``; but it is part of the
+function, so it is moved, cast, copied, pickled, saved and loaded with the model (``gammaopt_theta0.*`` in
+``state_dict()``), shared between processes and sharded with it (:mod:`gammaopt._distributed`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gammaopt import _distributed, _registry
+from gammaopt._errors import UsageError
+from gammaopt._plan import Plan
+from gammaopt._probe import Output, replaced, select
+
+THETA0 = "gammaopt_theta0."
+PLAN = "gammaopt_plan"  # γ, depth and knee: rates must be the same after a restart
+
+
+class Wrapped(nn.Module):
+    """What every wrapped model is besides its own class: 1/γ, the centring, and θ₀'s company."""
+
+    gammaopt: Plan
+    _gammaopt_base: type[nn.Module]
+    _gammaopt_reference: nn.Module | None
+    _gammaopt_output: Output | None
+
+    def _gammaopt_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the class that was wrapped returns: h(x; θ), or something that contains it."""
+        return super().forward(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """f(x; θ) = (h(x; θ) − h(x; θ₀))/γ, or h(x; θ)/γ without centring, in the place where h was."""
+        if not torch.compiler.is_compiling() and _distributed.active():
+            _distributed.follow_sharding(self, self._gammaopt_reference)
+            _distributed.check_plans(self)
+        reference, output, gamma = self._gammaopt_reference, self._gammaopt_output, self.gammaopt.gamma
+        if reference is None:
+            returned = self._gammaopt_forward(*args, **kwargs)
+            return replaced(returned, output, select(returned, output, self) / gamma)
+        if "_gammaopt_empty" in self.__dict__:
+            raise UsageError(
+                f"θ₀ of {type(self).__name__} was on the meta device and to_empty() made its memory without values; "
+                "load a checkpoint of the wrapped model, or wrap the net after it was initialised"
+            )
+        with _same_draws_and_kernels(reference) as rewind:
+            with torch.no_grad():
+                start = select(reference(*args, **kwargs), output, self)
+            rewind()
+            returned = self._gammaopt_forward(*args, **kwargs)
+        return replaced(returned, output, (select(returned, output, self) - start) / gamma)
+
+    def train(self, mode: bool = True) -> Any:
+        if self._gammaopt_reference is not None:
+            self._gammaopt_reference.train(mode)
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        reference = self._gammaopt_reference
+        if reference is not None:
+            _distributed.follow_sharding(self, reference)
+            was_meta = _on_meta(reference)
+            reference._apply(fn, recurse)
+            if was_meta and not _on_meta(reference):
+                self.__dict__["_gammaopt_empty"] = True
+        return super()._apply(fn, recurse)
+
+    @property
+    def gammaopt_theta0(self) -> nn.Module | None:
+        """The frozen network that computes h(x; θ₀), under the name that its tensors have in ``state_dict()``."""
+        return self._gammaopt_reference
+
+    @property
+    def gammaopt_plan(self) -> Tensor:
+        """γ, depth and knee as in ``state_dict()``; may be set, as ``functional_call`` does, at the same γ."""
+        plan = self.gammaopt
+        return torch.tensor([plan.gamma, plan.depth, plan.knee], dtype=torch.float64)
+
+    @gammaopt_plan.setter
+    def gammaopt_plan(self, value: Tensor) -> None:
+        if float(value[0]) != self.gammaopt.gamma:
+            raise UsageError(
+                f"γ = {float(value[0]):g} is not the γ = {self.gammaopt.gamma:g} of this model; wrap it again"
+            )
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Buffers as ever; asked for this module's own only, also what it adds to ``state_dict()``.
+
+        ``torch.distributed.checkpoint`` walks a model in that way to learn its keys.
+        """
+        yield from super().named_buffers(prefix, recurse, remove_duplicate)
+        if not recurse:
+            start = prefix + "." if prefix else ""
+            yield start + PLAN, self.gammaopt_plan
+            if self._gammaopt_reference is not None:
+                _distributed.follow_sharding(self, self._gammaopt_reference)
+                for name, tensor in self._gammaopt_reference.state_dict().items():
+                    yield f"{start}{THETA0}{name}", tensor
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + PLAN] = self.gammaopt_plan
+        if self._gammaopt_reference is not None:
+            _distributed.follow_sharding(self, self._gammaopt_reference)
+            for name, tensor in self._gammaopt_reference.state_dict(keep_vars=keep_vars).items():
+                destination[f"{prefix}{THETA0}{name}"] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        start = prefix + THETA0
+        # Taken out and put back, not filtered into a copy: the net's own load hooks may rename keys in place.
+        saved = state_dict.pop(prefix + PLAN, None)  # a plain network's checkpoint has none
+        theta0 = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(start)}
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        state_dict.update(theta0)
+        if saved is not None:
+            state_dict[prefix + PLAN] = saved
+            gamma, depth, knee = saved.tolist()
+            self._adopt(gamma, depth, knee, error_msgs)
+        ours = {name.removeprefix(start): tensor for name, tensor in theta0.items()}
+        if self._gammaopt_reference is None:
+            unexpected_keys.extend(start + name for name in ours)
+            return
+        _distributed.follow_sharding(self, self._gammaopt_reference)
+        try:
+            assign = bool(local_metadata.get("assign_to_params_buffers", False))
+            keys = self._gammaopt_reference.load_state_dict(ours, strict=False, assign=assign)
+            self._gammaopt_reference.requires_grad_(False)
+        except RuntimeError as error:
+            error_msgs.append(str(error))
+            return
+        if not keys.missing_keys:
+            self.__dict__.pop("_gammaopt_empty", None)
+        missing_keys.extend(start + name for name in keys.missing_keys)
+        unexpected_keys.extend(start + name for name in keys.unexpected_keys)
+
+    def _adopt(self, gamma: float, depth: float, knee: float, error_msgs: list[str]) -> None:
+        """Take depth and knee from a checkpoint: measured anew on another draw they would give other rates."""
+        if gamma != self.gammaopt.gamma:
+            error_msgs.append(
+                f"the checkpoint was saved at γ = {gamma:g} and this model is wrapped with "
+                f"γ = {self.gammaopt.gamma:g}; wrap the net with the checkpoint's γ"
+            )
+            return
+        self.__dict__["gammaopt"] = dataclasses.replace(self.gammaopt, depth=depth, knee=knee)
+        _registry.changed()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _distributed.watch_ddp()
+        _registry.register(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The wrapped class is made at run time and can't be found by name: rebuild it from the class it wraps.
+        return _blank, (type(self)._gammaopt_base,), *super().__reduce_ex__(protocol)[2:]
+
+
+def _on_meta(module: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _blank(base: type[nn.Module]) -> nn.Module:
+    cls = wrapped_class(base)
+    return cls.__new__(cls)
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def wrapped_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``base`` that computes f: one for each base; it keeps the signature of forward."""
+    if base not in _classes:
+        _classes[base] = _make_class(base)
+    return _classes[base]
+
+
+def _make_class(base: type[nn.Module]) -> type[nn.Module]:
+    @functools.wraps(base.forward)
+    def forward(self: Wrapped, *args: Any, **kwargs: Any) -> Any:
+        return Wrapped.forward(self, *args, **kwargs)
+
+    namespace = {"forward": forward, "_gammaopt_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
+    return types.new_class(f"Gamma{base.__name__}", (Wrapped, base), exec_body=lambda body: body.update(namespace))
+
+
+@contextmanager
+def _same_draws_and_kernels(reference: nn.Module) -> Iterator[Callable[[], None]]:
+    """h₀ and h see the same dropout masks and take the same kernels; yields what to call between the two.
+
+    Masks: h₀ runs first, then the random state is handed back for h. Kernels: torch's attention layers have an
+    inference kernel that only h₀, computed without gradients, would take; it rounds differently, and h − h₀ divided by
+    a small γ shows that. While compiling, a kernel is chosen once for both, and the state is handled only if needed.
+    """
+    compiling = torch.compiler.is_compiling()
+    if compiling and not _draws(reference):
+        yield lambda: None
+        return
+    states = _random_states(reference)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield lambda: _rewind(states)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _draws(model: nn.Module) -> bool:
+    """Whether a module of ``model`` says that it drops something: a positive attribute with "drop" in its name."""
+    return any(
+        isinstance(value, float) and value > 0 and ("drop" in name or isinstance(module, nn.modules.dropout._DropoutNd))
+        for module in model.modules()
+        for name, value in vars(module).items()
+    )
+
+
+def _random_states(model: nn.Module) -> list[tuple[torch.device, Tensor]]:
+    """The generators that a forward of ``model`` may draw from, and where they stand."""
+    states = [(torch.device("cpu"), torch.get_rng_state())]
+    if torch.cuda.is_initialized():
+        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        states += [(device, torch.cuda.get_rng_state(device)) for device in devices]
+    return states
+
+
+def _rewind(states: list[tuple[torch.device, Tensor]]) -> None:
+    for device, state in states:
+        torch.set_rng_state(state) if device.type == "cpu" else torch.cuda.set_rng_state(state, device)

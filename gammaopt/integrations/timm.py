@@ -1,0 +1,36 @@
+"""timm: after ``import gammaopt.integrations.timm`` its factory builds gammaopt's optimizers by name.
+
+``create_optimizer_v2(model, opt="gammasgd")``, ``"gammamomentum"``, ``"gammaadam"`` or ``"gammaadamw"``, with timm's
+own weight-decay and layer-decay groups: ``lr_scale`` in a group and the γ multiplier of a parameter simply multiply.
+As for timm's ``"sgd"``, momentum is 0.9 unless given, and with Nesterov in ``"gammasgd"`` but not ``"gammamomentum"``.
+"""
+
+from __future__ import annotations
+
+from gammaopt._errors import require
+from gammaopt.optim import SGD, Adam, AdamW
+
+_timm = require("timm.optim", "vision")
+
+# timm splits a name at "_", so ours have none.
+NAMES = ("gammasgd", "gammamomentum", "gammaadam", "gammaadamw")
+
+
+def _register() -> None:
+    from timm.optim._optim_factory import OptimInfo, default_registry
+
+    about = "with learning rates that follow γ (gammaopt)"
+    known = set(default_registry.list_optimizers())
+    for info in (
+        OptimInfo("gammasgd", SGD, f"SGD with Nesterov momentum, {about}", False, True, defaults={"nesterov": True}),
+        OptimInfo(
+            "gammamomentum", SGD, f"SGD with classical momentum, {about}", False, True, defaults={"nesterov": False}
+        ),
+        OptimInfo("gammaadam", Adam, f"Adam, {about}", has_betas=True),
+        OptimInfo("gammaadamw", AdamW, f"AdamW, {about}", has_betas=True),
+    ):
+        if info.name not in known:
+            default_registry.register(info)
+
+
+_register()

@@ -8,13 +8,10 @@ stopped: the studies live in runs/experiments/tuned_vs_one/PRESET. Every study i
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import os
-import platform
 from pathlib import Path
 
+from _sweep import parser, write
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -29,12 +26,10 @@ PRESETS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes to train in")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "tuned_vs_one")
-    parser.add_argument("--runs", type=Path, default=Path("runs") / "experiments" / "tuned_vs_one")
-    options = parser.parse_args()
+    arguments = parser(__doc__, "tuned_vs_one", PRESETS)
+    arguments.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes to train in")
+    arguments.add_argument("--runs", type=Path, default=Path("runs") / "experiments" / "tuned_vs_one")
+    options = arguments.parse_args()
 
     results = []
     for task, loss in TASKS:
@@ -42,21 +37,9 @@ def main() -> None:
         results.append(tune(plan, options.runs / options.preset / plan.folder, jobs=options.jobs))
         print(results[-1].in_words(), flush=True)
 
-    options.results.mkdir(parents=True, exist_ok=True)
-    made = {"date": str(datetime.datetime.now(tz=datetime.UTC).date()), "machine": machine()}
-    studies = [result.to_dict() for result in results]
-    path = options.results / f"{options.preset}.json"
-    path.write_text(json.dumps({**made, "studies": studies}, indent=2, ensure_ascii=False) + "\n")
+    path = write(options.results, options.preset, {"studies": [result.to_dict() for result in results]})
     picture(results).savefig(path.with_suffix(".png"), dpi=110)
     print("\n" + table(results))
-
-
-def machine() -> str:
-    """The processor's model and how many of its cores there are."""
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    model = models[0].partition(":")[2].strip() if models else platform.machine()
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
 
 
 def table(results: list[TuneResult]) -> str:

@@ -1,0 +1,90 @@
+"""Paired timing: ours and the baseline in turn, in one process, so that a noisy machine disturbs both alike."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: seconds per call as medians, the median of the paired ratios, and the bar (0: none)."""
+
+    name: str
+    ours: float
+    baseline: float
+    ratio: float
+    bar: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the ratio is within its bar."""
+        return not self.bar or self.ratio <= self.bar
+
+
+def compare(
+    name: str, ours: Callable[[], object], baseline: Callable[[], object], *, bar: float, seconds: float
+) -> Row:
+    """Time both in alternating order for about ``seconds``; the ratio is the median over pairs."""
+    for _ in range(3):
+        ours(), baseline()
+    began = _timed(ours) + _timed(baseline)
+    repeats = max(1, int(0.02 / max(began, 1e-9)))  # a sample is at least about 10 ms of each
+    pairs: list[tuple[float, float]] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(pairs) < 9:
+        if len(pairs) % 2:
+            a, b = _timed(ours, repeats), _timed(baseline, repeats)
+        else:
+            b, a = _timed(baseline, repeats), _timed(ours, repeats)
+        pairs.append((a, b))
+    ratio = statistics.median(a / b for a, b in pairs)
+    return Row(name, statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), ratio, bar)
+
+
+def _timed(call: Callable[[], object], repeats: int = 1) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    """``--json FILE``, ``--check`` and ``--seconds`` for each comparison."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--check", action="store_true", help="exit 1 and name each bar that is missed")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each comparison")
+    return parser.parse_args()
+
+
+def report(rows: list[Row], options: argparse.Namespace) -> None:
+    """Print the table, write JSON if asked, and exit 1 under ``--check`` if a bar is missed."""
+    width = max(len(row.name) for row in rows)
+    print(f"{'':{width}}   ours ms   base ms   ratio    bar")
+    for row in rows:
+        bar = f"{row.bar:6.2f}" if row.bar else "     –"
+        print(f"{row.name:{width}} {1e3 * row.ours:9.3f} {1e3 * row.baseline:9.3f} {row.ratio:7.3f} {bar}")
+    if options.json:
+        made = {
+            "date": str(datetime.datetime.now(tz=datetime.UTC).date()),
+            "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+            "torch": torch.__version__,
+        }
+        options.json.write_text(json.dumps({**made, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    missed = [row for row in rows if not row.holds]
+    for row in missed:
+        print(f"missed: {row.name}: {row.ratio:.3f} against at most {row.bar:.2f}", file=sys.stderr)
+    if options.check and missed:
+        sys.exit(1)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 METRIC = "prequential_accuracy"
 BATCH = 4  # trials asked for together; fixed, so that the search does not depend on the number of workers
 
+_ANOTHER = "give another --storage, or none for SQLite in the study's folder"
 _REBUILD = "restore it, or remove it and run the same command: the trials are made again from the finished runs"
 
 Evaluate = Callable[[list[Cell]], dict[Cell, RunRecord]]
@@ -40,8 +41,8 @@ class Search:
     trials: int
 
 
-def open_storage(url: str) -> Any:
-    """Optuna's storage at ``url``.
+def open_storage(url: str, *, own: bool) -> Any:
+    """Optuna's storage at ``url``; ``own`` if it is the study's own, in its folder.
 
     Raises:
         UsageError: if it can't be opened, e.g. a file that is no database.
@@ -57,7 +58,7 @@ def open_storage(url: str) -> Any:
         ) from None
     except Exception as error:  # SQLAlchemy, its driver and Optuna each have their own
         reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"the storage {url} can't be opened ({reason}); {_REBUILD}") from None
+        raise UsageError(f"the storage {url} can't be opened ({reason}); {_REBUILD if own else _ANOTHER}") from None
 
 
 def search(

@@ -103,7 +103,7 @@ def tune(
         require(module, "tune")
     out = Path(out)
     # A storage outside the folder is tried before the folder is taken; SQLite in it needs the folder first.
-    given = open_storage(storage) if storage is not None else None
+    given = open_storage(storage, own=False) if storage is not None else None
     with opened(out, plan) as folder, Workers(plan, jobs) as workers:
         if not folder.finished and folder.versions != versions():
             raise UsageError(_other_versions(out, folder.versions))
@@ -118,7 +118,7 @@ def tune(
                 counter.event()
             return {cell: folder.runs[cell] for cell in cells}
 
-        backend = given or open_storage(f"sqlite:///{quote(str((out / 'study.db').resolve()))}")
+        backend = given or open_storage(f"sqlite:///{quote(str((out / 'study.db').resolve()))}", own=True)
         trials: dict[str, list[Trial]] = {}
         for arm in _arms(plan):
             counter.stage = arm.arm

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from types import TracebackType
 
@@ -73,7 +74,8 @@ class Workers:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self._jobs, context, initializer=_start_worker, initargs=(self._plan,))
-        futures: list[Future[RunRecord]] = [self._pool.submit(_run_in_worker, cell) for cell in cells]
+        with _sigint_held_back():
+            futures: list[Future[RunRecord]] = [self._pool.submit(_run_in_worker, cell) for cell in cells]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -94,13 +96,24 @@ class Workers:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def _sigint_held_back() -> Iterator[None]:
+    """Processes started meanwhile never see Ctrl-C, which reaches the whole group: the parent ends its workers.
+
+    Blocked and not ignored: a Ctrl-C that comes now reaches this process when the block is over.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _worker: Trainer
 
 
 def _start_worker(plan: StudyPlan) -> None:
     global _worker
-    # Ctrl-C reaches the whole group: the parent decides, and ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _worker = Trainer(plan.recipe())
 

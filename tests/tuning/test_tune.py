@@ -379,7 +379,7 @@ def test_a_storage_elsewhere_is_used_and_none_is_made_in_the_folder(study: Study
 
 @pytest.mark.parametrize("storage", ["nonsense", "sqlite:////nowhere/at/all/study.db"])
 def test_a_storage_that_cannot_be_opened_takes_no_folder(tmp_path: Path, storage: str) -> None:
-    with pytest.raises(UsageError, match=rf"the storage {storage} can't be opened .*restore it") as caught:
+    with pytest.raises(UsageError, match=rf"the storage {storage} can't be opened .*give another --storage") as caught:
         tune(PLAN, tmp_path / "out", storage=storage)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ demo: $(VENV)/.demo  ## tune γ on augmented digits and confirm it on fresh seed
 	$(BIN)/gammaopt tune digits
 
 test: $(VENV)/.test  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-slow: $(VENV)/.test  ## run the slow statistical checks
 	$(BIN)/python -m pytest -m slow
@@ -44,5 +44,5 @@ $(VENV)/.demo: $(VENV)/.made pyproject.toml
 
 $(VENV)/.test: $(VENV)/.made pyproject.toml
 	@echo "Installing into $(VENV); torch is several GB: about 4 minutes …"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[tune,vision,mup,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[tune,vision,mup,frameworks,dev]'
 	touch $@ $(VENV)/.demo

@@ -26,7 +26,7 @@ def positive(name: str, value: float) -> float:
         if isinstance(value, (str, bool)):  # float() would take both
             raise TypeError
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UsageError(f"{name}={value!r} is not a number; give a finite {name} > 0") from None
     if not (math.isfinite(number) and number > 0):
         raise UsageError(f"{name}={number:g} is not allowed; give a finite {name} > 0")
@@ -35,7 +35,7 @@ def positive(name: str, value: float) -> float:
 
 def at_least(name: str, value: int, minimum: int) -> int:
     """Return ``value``, or raise :class:`UsageError` unless it is an integer >= ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise UsageError(f"{name}={value!r} is not a whole number; give an integer >= {minimum}")
     if value < minimum:
         raise UsageError(f"{name}={value} is too small; give at least {minimum}")

@@ -94,26 +94,18 @@ class EtaLaw:
         """The rate to use at ``gamma`` when ``base_lr`` is the rate tuned at γ = 1."""
         return positive("base_lr", base_lr) * self.factor(gamma)
 
-    def _plateau_exponent(self) -> tuple[float, float]:
-        """(q, c) of the plateau's growth 1 + c·(x^q − 1)/q with q = 1 − 2/L.
-
-        c = q for L ≥ 3 (the growth is x^q), c = 1 at L = 2 (1 + log x), c = 0 for L ≤ 1 (no growth). Measured
-        depths are not whole numbers, so between these anchors c is linear in q: the law has no jump at L = 2.
-        """
-        q = 1.0 - 2.0 / self.depth
-        return q, q if q >= 1 / 3 else 1.0 - 2.0 * q if q >= 0 else max(1.0 + q, 0.0)
-
     def _plateau_growth(self, x: float) -> float:
-        if x <= 1 or self.optimizer == "adam":
+        """The plateau at γ = x·γ_c over the one at the knee."""
+        if x <= 1 or self.optimizer == "adam" or self.depth < 2:
             return 1.0
-        q, c = self._plateau_exponent()
-        return 1.0 + c * (math.expm1(q * math.log(x)) / q if q != 0 else math.log(x))
+        return 1.0 + math.log(x) if self.depth == 2 else math.pow(x, 1.0 - 2.0 / self.depth)
 
     def plateau_steps(self, gamma: float, at_one: float) -> float:
         """Steps of the plateau before the loss falls, at the law's own rate.
 
-        SGD: ∝ γ^(1−2/L) above the knee for L ≥ 3, 1 + log γ at L = 2, constant at L = 1 and below the knee;
-        between whole depths under 3 the law is interpolated. Adam: does not grow with γ.
+        SGD: ∝ γ^(1−2/L) above the knee for L > 2, 1 + log γ at L = 2, constant for L < 2 and below the knee. These
+        are the leading orders in γ: just above L = 2 the power is too slow to show what the logarithm does. Adam:
+        does not grow with γ.
 
         Args:
             gamma: feature-learning strength, > 0.
@@ -135,12 +127,9 @@ class EtaLaw:
             raise UsageError(
                 f"steps={steps:g} is less than at_one={at_one:g}: γ = 1 itself is not trained; give steps >= {at_one:g}"
             )
-        # Invert 1 + c·(x^q − 1)/q = growth; no x solves it where the growth is bounded.
         growth = steps / at_one * self._plateau_growth(1.0 / self.knee)
-        q, c = self._plateau_exponent()
-        if self.optimizer == "adam" or c == 0:
+        if self.optimizer == "adam" or self.depth < 2:
             return math.inf
-        excess = (growth - 1.0) / c
-        log_x = excess if q == 0 else math.log1p(q * excess) / q if q * excess > -1 else math.inf
+        log_x = growth - 1.0 if self.depth == 2 else math.log(growth) * self.depth / (self.depth - 2.0)
         # A plateau as long as the one at γ = 1 is shared by every γ below the knee: γ = 1 is always trainable.
-        return max(1.0, self.knee * math.exp(log_x) if log_x < 700 else math.inf)
+        return max(1.0, self.knee * math.exp(log_x)) if log_x < 700 else math.inf

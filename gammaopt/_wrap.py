@@ -28,8 +28,7 @@ from gammaopt._wrapped import Wrapped, wrapped_class
 Center = Literal["copy", "zero_readout", "none"]
 Net = TypeVar("Net", bound=nn.Module)
 
-# float32 centring loses about 2.4e-7/γ of the output: a quarter of a per mille here.
-SMALLEST_FLOAT32_GAMMA = 1e-3
+LARGEST_ROUNDING = 2.4e-4  # of the output: what float32 loses at γ = 1e-3
 
 
 def wrap(
@@ -237,6 +236,11 @@ def _readout(net: nn.Module, inputs: Inputs | None, output: Output | None) -> st
             return lambda *_: ran.append(name)
 
         handles = [module.register_forward_hook(note(name)) for name, module in layers_in_order(net)]
+        # Attention applies its out_proj without calling it.
+        attention = [
+            (name, module) for name, module in net.named_modules() if isinstance(module, nn.MultiheadAttention)
+        ]
+        handles += [module.register_forward_hook(note(f"{name}.out_proj".lstrip("."))) for name, module in attention]
         try:
             with torch.no_grad(), probing(net):
                 probe(net, inputs, output)
@@ -311,10 +315,16 @@ def _freeze(start: nn.Module) -> nn.Module:
 
 
 def _warn_if_imprecise(net: nn.Module, gamma: float) -> None:
-    coarse = any(p.requires_grad and torch.finfo(p.dtype).eps > 1e-10 for p in net.parameters())
-    if coarse and gamma < SMALLEST_FLOAT32_GAMMA:
+    """h − h₀ loses about 2·eps/γ of the output to rounding."""
+    dtypes = {p.dtype for p in net.parameters() if p.requires_grad and p.is_floating_point()}
+    if not dtypes:
+        return
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    loss = 2 * torch.finfo(coarsest).eps / gamma
+    if loss > LARGEST_ROUNDING:
+        dtype = str(coarsest).removeprefix("torch.")
         warnings.warn(
-            f"gamma={gamma:g} in float32: centring loses about {2.4e-7 / gamma:.1e} of the output; "
+            f"gamma={gamma:g} in {dtype}: centring loses about {loss:.1e} of the output; "
             "call net.double() before wrapping",
             stacklevel=3,
         )

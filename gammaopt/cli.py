@@ -195,6 +195,7 @@ def _bar(console: Console) -> Iterator[Callable[[Progress], None]]:
             bar.update(
                 row,
                 description=_STAGES[progress.stage],
+                total=progress.runs_total - start,
                 completed=progress.runs - start,
                 trials=_done(progress),
                 best=_best(progress),

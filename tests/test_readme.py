@@ -33,6 +33,16 @@ def test_table_is_the_committed_result() -> None:
         assert line.rstrip().endswith(f"| {study['verdict']} |")
 
 
+def test_committed_result_shows_what_the_project_claims() -> None:
+    result = json.loads((ROOT / "experiments/results/tuned_vs_one/cpu.json").read_text(encoding="utf-8"))
+    (study,) = [study for study in result["studies"] if study["loss"] == "cross_entropy"]
+    assert study["verdict"] == "confirmed"
+    assert study["confirm"]["mean_difference"] >= 0.015
+    assert study["confirm"]["ci95"][0] > 0
+    assert len(study["confirm"]["seeds"]) >= 10
+    assert study["arms"]["one_equal_budget"]["trials"] == study["arms"]["tuned"]["trials"]
+
+
 def test_ci_runs_only_commands_that_readme_shows() -> None:
     script = (ROOT / ".ci/run").read_text(encoding="utf-8")
     commands = re.findall(r"^make \w+", script, flags=re.MULTILINE)

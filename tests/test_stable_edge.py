@@ -1,7 +1,7 @@
 """The law on a real task: the stable edge of c in η = c·s(γ) stands in one half-decade over γ = 1, 10, 100.
 
-A 4-term staircase of parities on 32 bits, 3-layer MLP of width 128 in mean-field form, MSE/2, batch 64. The table
-this repeats was measured over 3,000 steps: every γ ≥ 1 trains at log₁₀ c = 0, and at 0.5 none does.
+A 4-term staircase of parities on 32 bits, target of unit variance, 3-layer MLP of width 128 in mean-field form, MSE/2,
+batch 64. The table this repeats was measured over 3,000 steps: at every γ ≥ 1 log₁₀ c = 0.5 trains and 1 diverges.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ def run(gamma: float, log10_c: float) -> RunRecord:
     return train(recipe, gamma=gamma, lr=10**log10_c / 2, seed=0)
 
 
-def relative_loss(record: RunRecord) -> float:
-    """Held-out loss over the target's variance: 1 is what answering 0 earns; infinite if diverged."""
-    return math.inf if record.final_loss is None else record.final_loss / TERMS
-
-
 @pytest.mark.parametrize("gamma", GAMMAS)
-def test_stable_edge_lies_between_c_of_one_and_half_a_decade_above(gamma: float) -> None:
-    assert relative_loss(run(gamma, 0.0)) < 0.02
-    assert relative_loss(run(gamma, 0.5)) > 0.5
+def test_stable_edge_lies_in_the_half_decade_above_half_a_decade(gamma: float) -> None:
+    below, above = run(gamma, 0.5), run(gamma, 1.0)
+    assert below.final_loss is not None
+    assert below.final_loss < 0.02  # over the target's variance of 1
+    # Past the edge a run diverges, or its ReLUs die and it answers a constant: either way it has learned nothing.
+    assert above.diverged_at is not None or (above.final_loss is not None and above.final_loss > 0.9)
 
 
 def test_without_the_law_the_rate_of_gamma_one_does_not_train_gamma_one_hundred() -> None:
     """At log₁₀ c = −0.5 γ = 1 learns everything; the same η at γ = 100 is 21 times below the law and learns nothing."""
     same_rate = math.log10(EtaLaw(3).factor(100.0))
-    assert relative_loss(run(1.0, -0.5)) < 0.02
-    assert relative_loss(run(100.0, -0.5 - same_rate)) > 0.8
+    at_one, at_hundred = run(1.0, -0.5), run(100.0, -0.5 - same_rate)
+    assert at_one.final_loss is not None
+    assert at_one.final_loss < 0.02
+    assert at_hundred.final_loss is not None
+    assert at_hundred.final_loss > 0.8

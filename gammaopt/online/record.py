@@ -33,7 +33,8 @@ class RunRecord:
             after divergence scores 0: the number is finite and earned, never extrapolated.
         prequential_loss: mean over the batches before divergence.
         final_accuracy, final_loss: on held-out samples at the end; 0 and ``None`` for a diverged run.
-        diverged_at: first step (from 1) whose loss is not finite or exceeds the limit; ``None`` if there is none.
+        diverged_at: first step (from 1) whose loss is not finite or exceeds the limit; ``None`` if there is none,
+            ``steps`` + 1 if only the held-out loss at the end is not finite.
         curve: the run in time.
     """
 

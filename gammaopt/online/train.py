@@ -195,6 +195,8 @@ class _Log:
         losses = torch.stack(self._losses).double().cpu()[:good]
         hits = torch.stack(self._hits).double().mean(-1).cpu()[:good]
         accuracy, loss = (0.0, None) if diverged_at is not None else _held_out(recipe, model, seed)
+        if loss is None:  # the last step blew the weights up: the batch after it would have shown it
+            accuracy, diverged_at = 0.0, diverged_at or recipe.steps + 1
         ends = [step for step in log_spaced(recipe.steps) if step <= good]
         spans = list(pairwise([0, *ends]))
         return RunRecord(

@@ -89,7 +89,7 @@ def html_report(result: TuneResult) -> str:
         steps=result.plan.steps,
         arms=_arms_table(result),
         table=_seeds_table(result),
-        command=escape(result.plan.command()),
+        command=escape(result.command),
         versions=escape(", ".join(f"{name} {version}" for name, version in result.versions.items())),
     )
 

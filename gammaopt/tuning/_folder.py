@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,8 +78,9 @@ def opened(path: Path, plan: StudyPlan) -> Iterator[Folder]:
             raise UsageError(
                 f"{path} is in use by another process; wait for it, or choose another folder with --out"
             ) from None
+        _check_contents(path, plan)  # again: another process may have taken the folder in between
         if not (path / "study.json").exists():
-            content = {"plan": plan.to_dict(), "versions": versions()}
+            content = {"plan": plan.to_dict(), "versions": versions(), "id": secrets.token_hex(4)}
             write_atomically(path / "study.json", json.dumps(content, indent=2) + "\n")
         folder = Folder(path)
         try:
@@ -102,8 +104,8 @@ def _check_contents(path: Path, plan: StudyPlan) -> None:
         return
     try:
         content = json.loads(study.read_text(encoding="utf-8"))
-        found, _ = content["plan"], content["versions"]
-        differing = [name for name, value in plan.to_dict().items() if name != "device" and found[name] != value]
+        found, _, _ = content["plan"], content["versions"], content["id"]
+        differing = [name for name, value in plan.to_dict().items() if found[name] != value]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{study} is not a readable study ({type(error).__name__}: {error}); "
@@ -175,6 +177,19 @@ class Folder:
     def finished(self) -> bool:
         """Whether the study's result has been written."""
         return (self.path / "result.json").exists()
+
+    def differs(self, result: str) -> bool:
+        """Whether the written result is another than this one; the versions it tells of are its own."""
+        written = _read_json(self.path / "result.json")
+        return not isinstance(written, dict) or {**json.loads(result), "versions": None} != {
+            **written,
+            "versions": None,
+        }
+
+    @property
+    def study_id(self) -> str:
+        """What tells this folder's study from others of the same plan, in a storage that they share."""
+        return str(_read_json(self.path / "study.json")["id"])
 
     @property
     def versions(self) -> dict[str, str]:

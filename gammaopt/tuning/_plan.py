@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from gammaopt.online.tasks import Task, get_task
 from gammaopt.online.train import FAMILIES, OPTIMIZERS, Recipe
 
 LAW_VERSION = 1  # of the formulas behind η*(γ): a study made under other formulas is another study
+SMALLEST_FLOAT32_GAMMA = 1e-3  # wrap warns below
 CONFIRM_OFFSET = 500_000  # distance between tuning and confirmation seeds
 
 
@@ -58,8 +60,11 @@ class StudyPlan:
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         for name, minimum in {"steps": 1, "trials": 4, "seeds": 1, "confirm_seeds": 2, "seed": 0}.items():
             at_least(name, getattr(self, name), minimum)
-        if len(self.gamma_range) != 2:
-            raise UsageError(f"gamma_range={tuple(self.gamma_range)} is no pair; give the lowest and the highest γ")
+        for name in ("seeds", "confirm_seeds"):
+            if getattr(self, name) > CONFIRM_OFFSET:
+                raise UsageError(f"{name}={getattr(self, name)} is too many; give at most {CONFIRM_OFFSET}")
+        if not (isinstance(self.gamma_range, Sequence) and len(self.gamma_range) == 2):
+            raise UsageError(f"gamma_range={self.gamma_range} is no pair; give the lowest and the highest γ")
         low, high = (positive("gamma", value) for value in self.gamma_range)
         if not low < high:
             raise UsageError(f"gamma_range={low:g} {high:g} is empty; give the lower γ first")
@@ -100,6 +105,8 @@ class StudyPlan:
 
     def recipe(self) -> Recipe:
         """How its runs are trained."""
+        import torch
+
         task = self.definition
         return Recipe(
             build=task.build,
@@ -110,6 +117,8 @@ class StudyPlan:
             batch_size=task.batch_size,
             depth=task.depth,
             device=self.device,
+            # Both arms alike: centring in float32 would cost the smallest γ its digits.
+            dtype=torch.float64 if self.gamma_range[0] < SMALLEST_FLOAT32_GAMMA else torch.float32,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from gammaopt.online.record import RunRecord
@@ -63,6 +63,7 @@ class TuneResult:
         confirm_final: the same on final held-out accuracy; reported, not decisive.
         notes: what a reader should know, e.g. a best γ at the end of the searched range.
         versions: of the packages and the interpreter that made it.
+        command: the exact command line, folder and storage included: it goes on with the study or remakes its report.
         trials: every cell searched.
         runs: arm name → its records on the fresh seeds, in the order of the seeds.
     """
@@ -74,6 +75,7 @@ class TuneResult:
     confirm_final: Confirmation
     notes: tuple[str, ...]
     versions: dict[str, str]
+    command: str = field(compare=False)
     trials: tuple[Trial, ...]
     runs: dict[str, tuple[RunRecord, ...]]
 
@@ -86,16 +88,22 @@ class TuneResult:
         """The verdict as a sentence."""
         tuned, base = self.arms["tuned"], self.arms["one_equal_budget"]
         low, high = (100 * end for end in self.confirm.ci95)
+        difference = 100 * self.confirm.mean_difference
+        points = {
+            "confirmed": f" by {difference:+.2f}",
+            "not confirmed": f": {difference:+.2f}",
+            "worse": f" by {-difference:.2f}",
+        }[self.verdict]
         sentence = {
             "confirmed": f"Confirmed: γ = {tuned.gamma:.3g} beats γ = 1",
             "not confirmed": f"Not confirmed: γ = {tuned.gamma:.3g} can't be told from γ = 1",
             "worse": f"Worse: γ = {tuned.gamma:.3g} is below γ = 1",
         }[self.verdict]
         return (
-            f"{sentence} by {100 * self.confirm.mean_difference:+.2f} points of {self.metric.replace('_', ' ')} "
+            f"{sentence}{points} points of {self.metric.replace('_', ' ')} "
             f"({100 * tuned.confirmed_score:.2f} % against {100 * base.confirmed_score:.2f} %; 95 % interval "
             f"{low:+.2f} to {high:+.2f}, p = {self.confirm.p_value:.2g}, {len(self.confirm.seeds)} fresh paired seeds)."
-        ).replace("from γ = 1 by", "from γ = 1:")
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but trials and curves, as JSON values: the content of result.json."""

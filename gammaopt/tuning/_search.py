@@ -62,12 +62,13 @@ def open_storage(url: str, *, own: bool) -> Any:
 
 
 def search(
-    plan: StudyPlan, arm: Search, storage: Any, evaluate: Evaluate, told: Callable[[Trial], None]
+    plan: StudyPlan, study_id: str, arm: Search, storage: Any, evaluate: Evaluate, told: Callable[[Trial], None]
 ) -> list[Trial]:
     """Run the arm's study to its number of trials, going on where an earlier process stopped.
 
     Args:
         plan: the study's plan.
+        study_id: what tells it from other studies of the same plan in the storage.
         arm: what to search.
         storage: from :func:`open_storage`.
         evaluate: runs cells, and returns a record for each.
@@ -78,7 +79,7 @@ def search(
     """
     with _as_usage_error():
         optuna = require("optuna", "tune")
-        name = f"{plan.folder}-{plan.digest}/{arm.arm}"
+        name = f"{plan.folder}-{plan.digest}-{study_id}/{arm.arm}"
         study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
         if "plan" not in study.user_attrs:
             study.set_user_attr("plan", plan.to_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,8 +64,6 @@ class _Counter:
 
     def told(self, trial: Trial) -> None:
         self.trials.append(trial)
-        seeds = self.plan.tuning_seeds
-        self.asked.update(Cell(trial.gamma, trial.lr, seed) for seed in seeds)
         self.event()
 
 
@@ -107,11 +106,17 @@ def tune(
     with opened(out, plan) as folder, Workers(plan, jobs) as workers:
         if not folder.finished and folder.versions != versions():
             raise UsageError(_other_versions(out, folder.versions))
-        counter = _Counter(plan, folder, on_progress or (lambda _: None))
+        # The runs of a folder are those of its plan: what it has is done.
+        counter = _Counter(plan, folder, on_progress or (lambda _: None), asked=set(folder.runs))
 
         def evaluate(cells: Sequence[Cell]) -> dict[Cell, RunRecord]:
-            counter.asked.update(cell for cell in cells if cell in folder.runs)
-            for record in workers.run(cell for cell in cells if cell not in folder.runs):
+            missing = [cell for cell in cells if cell not in folder.runs]
+            if missing and folder.finished:
+                raise UsageError(
+                    f"{out} holds a result, but {len(missing)} of its runs are missing in runs.jsonl; "
+                    "restore that, or remove result.json to train them again"
+                )
+            for record in workers.run(missing):
                 folder.add(record)
                 counter.asked.add(Cell(record.gamma, record.lr, record.seed))
                 counter.new += 1
@@ -122,7 +127,7 @@ def tune(
         trials: dict[str, list[Trial]] = {}
         for arm in _arms(plan):
             counter.stage = arm.arm
-            trials[arm.arm] = search(plan, arm, backend, evaluate, counter.told)
+            trials[arm.arm] = search(plan, folder.study_id, arm, backend, evaluate, counter.told)
         trials["one"] = [_renamed(trial, "one") for trial in trials["one_equal_budget"][: plan.rates]]
 
         chosen = {name: _best(arm) for name, arm in trials.items()}
@@ -137,9 +142,15 @@ def tune(
             name: tuple(records[Cell(best.gamma, best.lr, seed)] for seed in plan.fresh_seeds)
             for name, best in chosen.items()
         }
-        result = _result(plan, trials, chosen, runs, folder.versions)
+        command = plan.command() + f" --out {shlex.quote(str(out))}"
+        command += f" --storage {shlex.quote(storage)}" if storage is not None else ""
+        result = _result(plan, trials, chosen, runs, folder.versions, command)
         if not folder.finished:
             folder.write("result.json", result.to_json())
+        elif folder.differs(result.to_json()):
+            raise UsageError(
+                f"{out / 'result.json'} is not what the runs beside it give; remove it to have it written again"
+            )
         from gammaopt.report import html_report
 
         folder.write("report.html", html_report(result))
@@ -179,6 +190,7 @@ def _result(
     chosen: dict[str, Trial],
     runs: dict[str, tuple[RunRecord, ...]],
     began_under: dict[str, str],
+    command: str,
 ) -> TuneResult:
     def scores(name: str, metric: str) -> list[float]:
         return [float(getattr(record, metric)) for record in runs[name]]
@@ -213,6 +225,7 @@ def _result(
         confirm_final=compare("final_accuracy"),
         notes=tuple(_notes(plan, chosen)),
         versions=began_under,
+        command=command,
         trials=tuple(trial for name in ("tuned", "one_equal_budget") for trial in trials[name]),
         runs=runs,
     )

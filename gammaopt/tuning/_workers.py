@@ -74,9 +74,9 @@ class Workers:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self._jobs, context, initializer=_start_worker, initargs=(self._plan,))
-        with _sigint_held_back():
-            futures: list[Future[RunRecord]] = [self._pool.submit(_run_in_worker, cell) for cell in cells]
         try:
+            with _sigint_held_back():
+                futures: list[Future[RunRecord]] = [self._pool.submit(_run_in_worker, cell) for cell in cells]
             for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool:

@@ -21,7 +21,7 @@ import lightning.pytorch as pl
 pytestmark = pytest.mark.filterwarnings("ignore")  # its advice on workers and logging, which is not about us
 
 
-class Task(pl.LightningModule):  # type: ignore[misc]
+class Task(pl.LightningModule):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)

@@ -60,6 +60,7 @@ def result(
         confirm_final=paired_t("final_accuracy", PLAN.fresh_seeds, tuned, base),
         notes=notes,
         versions={"gammaopt": "9.8.7", "torch": "6.5.4", "machine": "abacus"},
+        command=PLAN.command(),
         trials=trials,
         runs=runs,
     )
@@ -170,7 +171,7 @@ def test_notes_are_escaped_and_shown_and_without_notes_there_is_none(html: str) 
     [
         ((0.62, 0.65, 0.60), "confirmed", "Confirmed: γ = 0.3 beats γ = 1 by +12.00 points of prequential accuracy"),
         ((0.62, 0.45, 0.49), "not confirmed", "Not confirmed: γ = 0.3 can't be told from γ = 1: +1.67 points"),
-        ((0.40, 0.41, 0.39), "worse", "Worse: γ = 0.3 is below γ = 1 by"),
+        ((0.40, 0.41, 0.39), "worse", "Worse: γ = 0.3 is below γ = 1 by 10.33 points"),
     ],
 )
 def test_each_verdict_has_its_sentence_with_the_interval_and_the_seeds(

@@ -155,11 +155,11 @@ def test_another_study_is_refused_and_what_differs_is_named(
     assert f"holds another study ({words}); choose another folder with --out" in message
 
 
-def test_another_device_is_the_same_study(study: Path) -> None:
+def test_another_device_is_another_study_for_its_numbers_would_mix(study: Path) -> None:
     moved = replace(PLAN)
     object.__setattr__(moved, "device", "cuda")
-    with opened(study, moved) as folder:
-        assert len(folder.runs) == 3
+    with pytest.raises(UsageError, match=r"holds another study \(device: cpu there, cuda here\)"), opened(study, moved):
+        pass
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:

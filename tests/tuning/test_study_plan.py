@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from gammaopt import UsageError
+from gammaopt.online import train
 from gammaopt.online.train import FAMILIES, OPTIMIZERS
 from gammaopt.optim import SGD
 from gammaopt.tuning import StudyPlan
@@ -142,3 +143,12 @@ def test_the_recipe_is_the_tasks_with_the_plans_loss_and_budget() -> None:
     assert replace(PLAN, loss="mse").base_lr == 16.0
     assert PLAN.law.factor(0.1) == pytest.approx(0.1)
     assert replace(PLAN, loss="mse").law.factor(0.1) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("gamma_range", [(1e-6, 1e-4), (0.01, 100.0)])
+def test_the_runs_of_a_plan_are_centred_without_loss_at_every_gamma_it_searches(
+    gamma_range: tuple[float, float],
+) -> None:
+    plan = replace(PLAN, steps=3, gamma_range=gamma_range)
+    for gamma in gamma_range:
+        assert train(plan.recipe(), gamma=gamma, lr=plan.base_lr, seed=0).steps == 3  # warnings are errors here

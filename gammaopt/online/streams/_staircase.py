@@ -1,6 +1,6 @@
 """Staircase of parities: a target learned in steps, each monomial a stepping stone to the next.
 
-    y = x₁ + x₁x₂ + x₁x₂x₃ + … + x₁⋯x_k,    x uniform on {−1, +1}^bits,    so Var y = k
+    y = (x₁ + x₁x₂ + x₁x₂x₃ + … + x₁⋯x_k) / √k,    x uniform on {−1, +1}^bits,    so Var y = 1
 
 Source: Abbe, Boix-Adsera, Brennan, Bresler, Nagaraj, "The staircase property", NeurIPS 2021 (arXiv 2108.10573).
 """
@@ -15,7 +15,7 @@ from gammaopt.online.streams._base import Split, generator
 
 
 class Staircase:
-    """Infinite stream of ±1 vectors (float32) and one float target with mean 0 and variance ``terms``.
+    """Infinite stream of ±1 vectors (float32) and one float target with mean 0 and variance 1.
 
     Training and held-out samples come from the same distribution with independent draws.
 
@@ -41,4 +41,4 @@ class Staircase:
         ]
         inputs = 2.0 * torch.stack(bits) - 1.0
         monomials = torch.cumprod(inputs[..., : self.terms], dim=-1)
-        return inputs, monomials.sum(-1)
+        return inputs, monomials.sum(-1) / self.terms**0.5

@@ -41,6 +41,17 @@ class Search:
     trials: int
 
 
+def without_secrets(url: str) -> str:
+    """A storage URL as it may be shown: password and query, which can hold one, left out."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(url).set(query={}).render_as_string(hide_password=True)
+    except (ArgumentError, ValueError):
+        return url.partition("?")[0].rpartition("@")[2]
+
+
 def open_storage(url: str, *, own: bool) -> Any:
     """Optuna's storage at ``url``; ``own`` if it is the study's own, in its folder.
 
@@ -53,12 +64,12 @@ def open_storage(url: str, *, own: bool) -> Any:
         return optuna.storages.RDBStorage(url)
     except ImportError:
         raise MissingExtraError(
-            f"no driver for {url} is installed; for PostgreSQL run: pip install 'gammaopt[postgres]', "
+            f"no driver for {without_secrets(url)} is installed; for PostgreSQL run: pip install 'gammaopt[postgres]', "
             "and write the URL as postgresql+psycopg://…"
         ) from None
     except Exception as error:  # SQLAlchemy, its driver and Optuna each have their own
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"the storage {url} can't be opened ({reason}); {_REBUILD if own else _ANOTHER}") from None
+        reason, shown = str(error).strip().splitlines()[0], without_secrets(url)
+        raise UsageError(f"the storage {shown} can't be opened ({reason}); {_REBUILD if own else _ANOTHER}") from None
 
 
 def search(

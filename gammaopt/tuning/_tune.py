@@ -15,7 +15,7 @@ from gammaopt.tuning._confirm import Confirmation, paired_t
 from gammaopt.tuning._folder import Cell, Folder, opened, versions
 from gammaopt.tuning._plan import StudyPlan
 from gammaopt.tuning._result import Arm, Trial, TuneResult
-from gammaopt.tuning._search import METRIC, Search, open_storage, search
+from gammaopt.tuning._search import METRIC, Search, open_storage, search, without_secrets
 from gammaopt.tuning._space import GAMMA, RATE, Space
 from gammaopt.tuning._workers import Workers
 
@@ -143,7 +143,7 @@ def tune(
             for name, best in chosen.items()
         }
         command = plan.command() + f" --out {shlex.quote(str(out))}"
-        command += f" --storage {shlex.quote(storage)}" if storage is not None else ""
+        command += f" --storage {shlex.quote(without_secrets(storage))}" if storage is not None else ""
         result = _result(plan, trials, chosen, runs, folder.versions, command)
         if not folder.finished:
             folder.write("result.json", result.to_json())

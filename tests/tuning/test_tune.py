@@ -25,6 +25,7 @@ from gammaopt import UsageError
 from gammaopt.online import TASKS, RunRecord
 from gammaopt.tuning import Progress, StudyPlan, TuneResult, paired_t, tune
 from gammaopt.tuning._result import Trial
+from gammaopt.tuning._search import without_secrets
 from gammaopt.tuning._tune import _notes
 
 # Six trials: a batch of four Sobol points, then an uneven batch that TPE proposes.
@@ -455,3 +456,15 @@ def test_a_best_cell_at_the_end_of_its_range_is_noted(tuned: Trial, base: Trial,
 
 def test_few_fresh_seeds_are_noted(study: Study) -> None:
     assert "3 fresh seeds are few; give --confirm-seeds 10 or more" in study.result.notes
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql+psycopg://me:hunter2@host/db?sslpassword=hunter2", "postgresql+psycopg://me:***@host/db"),
+        ("sqlite:////tmp/s.db?password=hunter2", "sqlite:////tmp/s.db"),
+        ("no url me:hunter2@host", "host"),
+    ],
+)
+def test_a_storage_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
+    assert without_secrets(url) == shown

@@ -113,7 +113,7 @@ def _check_contents(path: Path, plan: StudyPlan) -> None:
         ) from None
     try:
         _read_json(path / "result.json")
-    except ValueError:
+    except (OSError, ValueError):
         raise UsageError(
             f"{path / 'result.json'} is damaged; delete it and run the same command to make it anew from the runs"
         ) from None
@@ -137,7 +137,12 @@ class Folder:
     def _read_runs(self) -> dict[Cell, RunRecord]:
         if not self._runs_path.exists():
             return {}
-        content = self._runs_path.read_bytes()
+        try:
+            content = self._runs_path.read_bytes()
+        except OSError as error:
+            raise UsageError(
+                f"{self._runs_path} can't be read ({error.strerror}); restore it, or choose another folder with --out"
+            ) from None
         whole, _, rest = content.rpartition(b"\n")
         runs = {}
         for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):

@@ -262,3 +262,11 @@ def test_a_written_file_has_the_permissions_the_user_asked_for(tmp_path: Path, m
     finally:
         assert os.umask(old) == mask
     assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("name", ["runs.jsonl", "result.json"])
+def test_a_folder_in_the_place_of_a_file_is_named(study: Path, name: str) -> None:
+    (study / name).unlink(missing_ok=True)
+    (study / name).mkdir()
+    with pytest.raises(UsageError, match=name), opened(study, PLAN):
+        pass

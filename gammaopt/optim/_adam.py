@@ -14,7 +14,7 @@ from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
 from gammaopt._laws import Loss, OptimizerFamily
-from gammaopt.optim._multipliers import GroupScales, Multipliers
+from gammaopt.optim._multipliers import GroupScales, Multipliers, dense, plain, wants_foreach
 
 
 class _AdamStep(Multipliers):
@@ -28,6 +28,8 @@ class _AdamStep(Multipliers):
         getattr(self, name if hasattr(self, name) else "_cuda_graph_capture_health_check")()
 
     def _step_group(self, group: dict[str, Any], scales: GroupScales) -> None:
+        if self._step_directly(group, scales):
+            return
         state: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
         parameters, gradients, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = state
         has_complex = self._init_group(group, *state)  # type: ignore[attr-defined]
@@ -57,6 +59,69 @@ class _AdamStep(Multipliers):
                 found_inf=getattr(self, "found_inf", None),
                 decoupled_weight_decay=group["decoupled_weight_decay"],
             )
+
+    def _step_directly(self, group: dict[str, Any], scales: GroupScales) -> bool:
+        """Step several buckets without torch's function, in the usual case; or do nothing and return False."""
+        special = group["amsgrad"] or group["maximize"] or group["capturable"]
+        if len(scales.whole) <= 1 or special or not plain(group, self):
+            return False
+        if not group["fused"] and wants_foreach(group):
+            return False
+        parameters = group["params"]
+        gradients = [parameter.grad for parameter in parameters]
+        if not dense(parameters, gradients) or parameters[0].is_complex():
+            return False
+        states = [self.state[parameter] for parameter in parameters]
+        if not all(states):  # the first step: torch's way makes the states
+            return False
+        exp_avgs = [state["exp_avg"] for state in states]
+        exp_avg_sqs = [state["exp_avg_sq"] for state in states]
+        steps = [state["step"] for state in states]
+        if group["fused"]:
+            _fused(group, scales, parameters, gradients, exp_avgs, exp_avg_sqs, steps)
+        else:
+            _for_loop(group, scales, parameters, gradients, exp_avgs, exp_avg_sqs, steps)
+        return True
+
+
+def _fused(group: dict[str, Any], scales: GroupScales, *tensors: list[Tensor]) -> None:
+    parameters, gradients, exp_avgs, exp_avg_sqs, steps = tensors
+    kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+    torch._foreach_add_(steps, 1)
+    for scale, members in scales.whole:
+        kernel(
+            [parameters[i] for i in members],
+            [gradients[i] for i in members],
+            [exp_avgs[i] for i in members],
+            [exp_avg_sqs[i] for i in members],
+            [],
+            [steps[i] for i in members],
+            lr=group["lr"] * scale.lr,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"] / scale.lr,
+            eps=group["eps"] * scale.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+def _for_loop(group: dict[str, Any], scales: GroupScales, *tensors: list[Tensor]) -> None:
+    """In the parameters' own order, not by bucket: there its temporaries find freed memory of their size."""
+    beta1, beta2 = group["betas"]
+    decay, decoupled = group["weight_decay"], group["decoupled_weight_decay"]
+    for parameter, gradient, exp_avg, exp_avg_sq, step, scale in zip(*tensors, scales.scales, strict=True):
+        step += 1
+        lr, count = group["lr"] * scale.lr, step.item()
+        update = gradient
+        if decay != 0 and decoupled:
+            parameter.mul_(1 - group["lr"] * decay)
+        elif decay != 0:
+            update = gradient.add(parameter, alpha=decay / scale.lr)
+        exp_avg.lerp_(update, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(update, update, value=1 - beta2)
+        root = (exp_avg_sq.sqrt() / (1 - beta2**count) ** 0.5).add_(group["eps"] * scale.eps)
+        parameter.addcdiv_(exp_avg, root, value=-lr / (1 - beta1**count))
 
 
 class Adam(_AdamStep, torch.optim.Adam):

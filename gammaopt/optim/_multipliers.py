@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import _use_grad_for_differentiable
+from torch.optim.optimizer import _default_to_fused_or_foreach, _use_grad_for_differentiable
 
 from gammaopt import _registry
 from gammaopt._errors import UsageError, positive
@@ -165,6 +165,43 @@ class Multipliers(Optimizer):
 
     def _step_group(self, group: dict[str, Any], scales: GroupScales) -> None:
         raise TypeError(f"{type(self).__name__} does not say how a group is stepped")
+
+
+# torch's functions prepare each call: they group by device and dtype, read tensor rates, bring a scaler's tensors to
+# the device. For a bucket of ten tensors that costs more than the step. These tell when a group needs none of it,
+# so that its buckets may go to torch's kernels directly; everything else takes torch's own way.
+
+
+def plain(group: dict[str, Any], optimizer: Optimizer) -> bool:
+    """Whether a group's settings are numbers, and no gradient scaler and no compiler is at work."""
+    return not (
+        torch.compiler.is_compiling()
+        or isinstance(group["lr"], Tensor)
+        or isinstance(group["weight_decay"], Tensor)
+        or any(isinstance(beta, Tensor) for beta in group.get("betas", ()))
+        or group["differentiable"]
+        or getattr(optimizer, "grad_scale", None) is not None
+        or getattr(optimizer, "found_inf", None) is not None
+    )
+
+
+def dense(parameters: list[Any], gradients: list[Any]) -> bool:
+    """Whether every parameter has a dense gradient, all on one device and of one dtype."""
+    if has_none(gradients) or any(gradient.layout is not torch.strided for gradient in gradients):
+        return False
+    return len(Optimizer._group_tensors_by_device_and_dtype([parameters, gradients])) == 1
+
+
+def has_none(tensors: list[Any]) -> bool:
+    """Whether a tensor is missing; ``in`` would compare tensors."""
+    return type(None) in set(map(type, tensors))
+
+
+def wants_foreach(group: dict[str, Any]) -> bool:
+    """Whether torch would step this group by its foreach kernels: as asked, else by default on accelerators."""
+    if group["foreach"] is None and not group["fused"]:
+        return _default_to_fused_or_foreach(group["params"], group["differentiable"])[1]
+    return bool(group["foreach"])
 
 
 def _owned(parameters: list[Tensor], family: OptimizerFamily, start: int = 0) -> GroupScales:

@@ -6,6 +6,7 @@ set. Momentum and Nesterov act on that same gradient, as in torch.
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
 from gammaopt._laws import Loss, OptimizerFamily
-from gammaopt.optim._multipliers import GroupScales, Multipliers
+from gammaopt.optim._multipliers import GroupScales, Multipliers, dense, has_none, plain, wants_foreach
 
 
 class SGD(Multipliers, torch.optim.SGD):
@@ -79,6 +80,8 @@ class SGD(Multipliers, torch.optim.SGD):
         )
 
     def _step_group(self, group: dict[str, Any], scales: GroupScales) -> None:
+        if self._step_directly(group, scales):
+            return
         parameters: list[Tensor] = []
         gradients: list[Tensor] = []
         buffers: list[Tensor | None] = []
@@ -106,3 +109,74 @@ class SGD(Multipliers, torch.optim.SGD):
             if momentum:
                 for i, buffer in zip(members, of_bucket, strict=True):
                     self.state[parameters[i]]["momentum_buffer"] = buffer
+
+    def _step_directly(self, group: dict[str, Any], scales: GroupScales) -> bool:
+        """Step several buckets by torch's kernels themselves, in the usual case; or do nothing and return False."""
+        parameters, momentum = group["params"], group["momentum"] != 0
+        if len(scales.whole) <= 1 or group["maximize"] or not plain(group, self):
+            return False
+        if group["fused"] and getattr(self, "_need_device_dtype_check_for_fused", True):
+            return False  # torch's way reports what the fused kernel can't do, at the first step
+        gradients = [parameter.grad for parameter in parameters]
+        if not dense(parameters, gradients):
+            return False
+        buffers = [self.state[parameter].get("momentum_buffer") for parameter in parameters] if momentum else []
+        if has_none(buffers):
+            return False
+        kernel = _fused if group["fused"] else _foreach if wants_foreach(group) else _for_loop
+        for scale, members in scales.whole:
+            kernel(
+                [parameters[i] for i in members],
+                [gradients[i] for i in members],
+                [buffers[i] for i in members] if momentum else [],
+                lr=group["lr"] * scale.lr,
+                weight_decay=group["weight_decay"] / scale.lr,
+                momentum=group["momentum"],
+                dampening=group["dampening"],
+                nesterov=group["nesterov"],
+            )
+        return True
+
+
+def _fused(parameters: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], **settings: Any) -> None:
+    torch._fused_sgd_(parameters, gradients, buffers, maximize=False, is_first_step=False, **settings)
+
+
+def _foreach(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    buffers: list[Tensor],
+    *,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+) -> None:
+    updates: list[Tensor] | tuple[Tensor, ...] = gradients
+    if weight_decay != 0:
+        updates = torch._foreach_add(updates, parameters, alpha=weight_decay)
+    if momentum != 0:
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, updates, alpha=1 - dampening)
+        updates = torch._foreach_add(updates, buffers, alpha=momentum) if nesterov else buffers
+    torch._foreach_add_(parameters, updates, alpha=-lr)
+
+
+def _for_loop(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    buffers: list[Tensor],
+    *,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+) -> None:
+    for parameter, gradient, buffer in zip_longest(parameters, gradients, buffers):
+        update = gradient.add(parameter, alpha=weight_decay) if weight_decay != 0 else gradient
+        if momentum != 0:
+            buffer.mul_(momentum).add_(update, alpha=1 - dampening)
+            update = update.add(buffer, alpha=momentum) if nesterov else buffer
+        parameter.add_(update, alpha=-lr)

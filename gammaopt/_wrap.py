@@ -28,7 +28,8 @@ from gammaopt._wrapped import Wrapped, wrapped_class
 Center = Literal["copy", "zero_readout", "none"]
 Net = TypeVar("Net", bound=nn.Module)
 
-LARGEST_ROUNDING = 2.4e-4  # of the output: what float32 loses at γ = 1e-3
+SMALLEST_FLOAT32_GAMMA = 1e-3  # below, float32 loses too much of h − h₀
+LARGEST_ROUNDING = 2.4e-4  # of the output: what float32 loses at that γ
 
 
 def wrap(

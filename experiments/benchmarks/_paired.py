@@ -60,13 +60,13 @@ def _timed(call: Callable[[], object], repeats: int = 1) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def arguments(description: str | None) -> argparse.Namespace:
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
     """``--json FILE``, ``--check`` and ``--seconds`` for each comparison."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--check", action="store_true", help="exit 1 and name each bar that is missed")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each comparison")
-    return parser.parse_args()
+    return parser
 
 
 def report(rows: list[Row], options: argparse.Namespace) -> None:
@@ -76,15 +76,20 @@ def report(rows: list[Row], options: argparse.Namespace) -> None:
     for row in rows:
         bar = f"{row.bar:6.2f}" if row.bar else "     –"
         print(f"{row.name:{width}} {1e3 * row.ours:9.3f} {1e3 * row.baseline:9.3f} {row.ratio:7.3f} {bar}")
+    missed = [f"{row.name}: {row.ratio:.3f} against at most {row.bar:.2f}" for row in rows if not row.holds]
+    write_json(options, {"rows": [asdict(row) for row in rows]}, missed)
+
+
+def write_json(options: argparse.Namespace, content: dict[str, object], missed: list[str]) -> None:
+    """Write what was measured if asked, name the missed bars, and exit 1 for them under ``--check``."""
     if options.json:
         made = {
             "date": str(datetime.datetime.now(tz=datetime.UTC).date()),
             "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
             "torch": torch.__version__,
         }
-        options.json.write_text(json.dumps({**made, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    missed = [row for row in rows if not row.holds]
-    for row in missed:
-        print(f"missed: {row.name}: {row.ratio:.3f} against at most {row.bar:.2f}", file=sys.stderr)
+        options.json.write_text(json.dumps({**made, **content}, indent=1, ensure_ascii=False) + "\n")
+    for line in missed:
+        print(f"missed: {line}", file=sys.stderr)
     if options.check and missed:
         sys.exit(1)

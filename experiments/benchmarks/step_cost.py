@@ -16,7 +16,7 @@ from functools import partial
 import timm
 import torch
 import torchvision
-from _paired import Row, arguments, compare, report
+from _paired import Row, argument_parser, compare, report
 from torch import Tensor, nn
 
 import gammaopt
@@ -33,7 +33,7 @@ MULTIPLIERS = (1, 16)
 
 
 def main() -> None:
-    options = arguments(__doc__)
+    options = argument_parser(__doc__).parse_args()
     torch.manual_seed(0)
     steps = [
         step_row(network, optimizer, kernel, count, options.seconds)

@@ -3,6 +3,8 @@
 Data flows one way: a stream gives batches, :func:`train` consumes them, a :class:`RunRecord` comes out.
 """
 
+from gammaopt.online.ensemble import train_many as train_many
+from gammaopt.online.models import CNN as CNN
 from gammaopt.online.models import MLP as MLP
 from gammaopt.online.record import Curve as Curve
 from gammaopt.online.record import RunRecord as RunRecord
@@ -13,18 +15,22 @@ from gammaopt.online.tasks import TASKS as TASKS
 from gammaopt.online.tasks import Task as Task
 from gammaopt.online.tasks import get_task as get_task
 from gammaopt.online.train import Recipe as Recipe
+from gammaopt.online.train import Run as Run
 from gammaopt.online.train import train as train
 
 __all__ = [
+    "CNN",
     "MLP",
     "TASKS",
     "Curve",
     "Digits",
     "Recipe",
+    "Run",
     "RunRecord",
     "Staircase",
     "Stream",
     "Task",
     "get_task",
     "train",
+    "train_many",
 ]

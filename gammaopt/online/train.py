@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gammaopt._errors import UsageError, at_least, one_of, positive
-from gammaopt._laws import Loss, OptimizerFamily
+from gammaopt._laws import EtaLaw, Loss, OptimizerFamily
 from gammaopt._plan import Parametrization, Plan
-from gammaopt._wrap import wrap
+from gammaopt._wrap import Center, wrap
 from gammaopt.online.record import Curve, RunRecord, log_spaced, six_digits
 from gammaopt.online.streams import Batches, Stream
 from gammaopt.optim import SGD, Adam, AdamW
@@ -50,6 +50,7 @@ class Recipe:
         knee: where the law bends; see :func:`gammaopt.wrap`.
         device: where to train.
         dtype: floating-point type of network and inputs.
+        momentum: of SGD, 0 ≤ momentum < 1.
     """
 
     build: Callable[[], nn.Module]
@@ -63,6 +64,7 @@ class Recipe:
     knee: float | None = None
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    momentum: float = 0.0
 
     def __post_init__(self) -> None:
         one_of("loss", self.loss, get_args(Loss))
@@ -71,6 +73,18 @@ class Recipe:
         at_least("batch_size", self.batch_size, 1)
         if self.depth is not None:
             positive("depth", self.depth)
+        if not 0 <= self.momentum < 1:
+            raise UsageError(f"momentum={self.momentum:g} must be ≥ 0 and < 1")
+        if self.momentum and self.optimizer != "sgd":
+            raise UsageError(f"momentum={self.momentum:g} goes with optimizer='sgd', not with {self.optimizer!r}")
+
+
+class Run(NamedTuple):
+    """What may differ between runs of one recipe: γ, the optimizer's ``lr`` (the rate at γ = 1), and the seed."""
+
+    gamma: float
+    lr: float
+    seed: int
 
 
 def train(recipe: Recipe, *, gamma: float, lr: float, seed: int, batches: Batches | None = None) -> RunRecord:
@@ -103,18 +117,21 @@ def train(recipe: Recipe, *, gamma: float, lr: float, seed: int, batches: Batche
             f"batches of seed {batches.seed}, size {batches.size}, {batches.steps} steps can't serve "
             f"seed {seed}, size {recipe.batch_size}, {recipe.steps} steps; record them anew"
         )
-    with _seeded(recipe.device, seed):
+    with seeded(recipe.device, seed):
         model, log = _run(recipe, gamma, lr, batches)
     plan = cast("Plan", model.gammaopt)
-    effective_lr = lr * plan.law(FAMILIES[recipe.optimizer]).factor(gamma)
-    return log.record(model, gamma=gamma, lr=lr, effective_lr=effective_lr, seed=seed)
+    score = held_out(recipe, seed, model) if log.diverged_at() is None else (0.0, math.nan)
+    return summarise(
+        Run(gamma, lr, seed), recipe.steps, plan.law(FAMILIES[recipe.optimizer]), log.losses(), log.hits(), score
+    )
 
 
 def _run(recipe: Recipe, gamma: float, lr: float, batches: Batches) -> tuple[nn.Module, _Log]:
-    model = _fresh_model(recipe, gamma, batches[0][0])
-    optimizer = OPTIMIZERS[recipe.optimizer](model.parameters(), lr=lr)  # type: ignore[call-arg]
+    model = fresh_model(recipe, gamma, batches[0][0])
+    settings: dict[str, Any] = {"momentum": recipe.momentum} if recipe.optimizer == "sgd" else {}
+    optimizer = OPTIMIZERS[recipe.optimizer](model.parameters(), lr=lr, **settings)  # type: ignore[call-arg]
     criterion = CRITERIA[recipe.loss]
-    log = _Log(recipe)
+    log = _Log()
     for step in range(recipe.steps):
         inputs, targets = batches[step]
         output = model(inputs.to(recipe.dtype))
@@ -129,7 +146,7 @@ def _run(recipe: Recipe, gamma: float, lr: float, batches: Batches) -> tuple[nn.
 
 
 @contextmanager
-def _seeded(device: str, seed: int) -> Iterator[None]:
+def seeded(device: str, seed: int) -> Iterator[None]:
     """torch's global generators, seeded for a run (initialisation, dropout) and given back as they were."""
     cuda = torch.device(device).type == "cuda"
     with torch.random.fork_rng([torch.device(device).index or 0] if cuda else []):
@@ -150,20 +167,22 @@ CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def _hits(output: Tensor, targets: Tensor) -> Tensor:
+def hits(output: Tensor, targets: Tensor) -> Tensor:
     """Which samples were answered right. f = 0 ties all classes and argmax takes the first: chance."""
     if targets.is_floating_point():
         return torch.zeros(len(targets), dtype=torch.bool, device=output.device)
     return output.argmax(-1) == targets
 
 
-def _fresh_model(recipe: Recipe, gamma: float, example: Tensor) -> nn.Module:
+def fresh_model(recipe: Recipe, gamma: float, example: Tensor, center: Center = "copy") -> nn.Module:
+    """A network of the recipe, wrapped, on its device, drawn from torch's global generator."""
     model = wrap(
         recipe.build().to(recipe.dtype),
         gamma,
         depth=recipe.depth,
         example_inputs=example.to("cpu", recipe.dtype),
         parametrization=recipe.parametrization,
+        center=center,
         knee=recipe.knee,
         loss=recipe.loss,
     )
@@ -173,57 +192,84 @@ def _fresh_model(recipe: Recipe, gamma: float, example: Tensor) -> nn.Module:
 class _Log:
     """Losses and answers of a run, step by step, left on the device until somebody looks."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self) -> None:
         self._losses: list[Tensor] = []
         self._hits: list[Tensor] = []
 
     def add(self, loss: Tensor, output: Tensor, targets: Tensor) -> None:
         """Keep a step's loss, and which of its samples were answered right."""
         self._losses.append(loss.detach())
-        self._hits.append(_hits(output, targets))
+        self._hits.append(hits(output, targets))
 
     def diverged_at(self) -> int | None:
-        """First step, from 1, whose loss is not finite or beyond the limit. The first loss is that of f = 0."""
-        losses = torch.stack(self._losses).cpu()
-        bad = ~torch.isfinite(losses) | (losses > DIVERGED_RATIO * losses[0])
-        return int(bad.nonzero()[0]) + 1 if bad.any() else None
+        """See :func:`first_bad`."""
+        return first_bad(torch.stack(self._losses).cpu())
 
-    def record(self, model: nn.Module, *, gamma: float, lr: float, effective_lr: float, seed: int) -> RunRecord:
-        recipe, diverged_at = self.recipe, self.diverged_at()
-        good = recipe.steps if diverged_at is None else diverged_at - 1
-        losses = torch.stack(self._losses).double().cpu()[:good]
-        hits = torch.stack(self._hits).double().mean(-1).cpu()[:good]
-        accuracy, loss = (0.0, None) if diverged_at is not None else _held_out(recipe, model, seed)
-        if loss is None:  # the last step blew the weights up: the batch after it would have shown it
-            accuracy, diverged_at = 0.0, diverged_at or recipe.steps + 1
-        ends = [step for step in log_spaced(recipe.steps) if step <= good]
-        spans = list(pairwise([0, *ends]))
-        return RunRecord(
-            gamma=gamma,
-            lr=lr,
-            seed=seed,
-            steps=recipe.steps,
-            effective_lr=effective_lr,
-            prequential_accuracy=float(hits.sum()) / recipe.steps,
-            prequential_loss=float(losses.mean()) if good else None,
-            final_accuracy=accuracy,
-            final_loss=loss,
-            diverged_at=diverged_at,
-            curve=Curve(
-                steps=tuple(ends),
-                loss=tuple(six_digits(float(losses[a:b].mean())) for a, b in spans),
-                accuracy=tuple(six_digits(float(hits[a:b].mean())) for a, b in spans),
-            ),
-        )
+    def losses(self) -> Tensor:
+        """Loss of each step so far."""
+        return torch.stack(self._losses).double().cpu()
+
+    def hits(self) -> Tensor:
+        """Share of right answers at each step so far."""
+        return torch.stack(self._hits).double().mean(-1).cpu()
+
+
+def first_bad(losses: Tensor) -> int | None:
+    """First step, from 1, whose loss is not finite or beyond the limit. The first loss is that of f = 0."""
+    bad = ~torch.isfinite(losses) | (losses > DIVERGED_RATIO * losses[0])
+    return int(bad.nonzero()[0]) + 1 if bad.any() else None
+
+
+def summarise(
+    run: Run, steps: int, law: EtaLaw, losses: Tensor, shares: Tensor, score: tuple[float, float]
+) -> RunRecord:
+    """The record of a run of ``steps`` steps.
+
+    Args:
+        run: what was run.
+        steps: the budget.
+        law: gives the effective rate.
+        losses, shares: loss, and share of right answers, of the steps there are (float64, on the CPU).
+        score: held-out accuracy and loss at the end; of no meaning if the run diverged.
+    """
+    losses, shares = losses[:steps], shares[:steps]
+    diverged_at = first_bad(losses)
+    good = steps if diverged_at is None else diverged_at - 1
+    accuracy, loss = score
+    if diverged_at is None and not math.isfinite(loss):
+        diverged_at = steps + 1  # the last step blew the weights up: the batch after it would have shown it
+    ends = [step for step in log_spaced(steps) if step <= good]
+    spans = list(pairwise([0, *ends]))
+    return RunRecord(
+        gamma=run.gamma,
+        lr=run.lr,
+        seed=run.seed,
+        steps=steps,
+        effective_lr=run.lr * law.factor(run.gamma),
+        prequential_accuracy=float(shares[:good].sum()) / steps,
+        prequential_loss=float(losses[:good].mean()) if good else None,
+        final_accuracy=accuracy if diverged_at is None else 0.0,
+        final_loss=loss if diverged_at is None else None,
+        diverged_at=diverged_at,
+        curve=Curve(
+            steps=tuple(ends),
+            loss=tuple(six_digits(float(losses[a:b].mean())) for a, b in spans),
+            accuracy=tuple(six_digits(float(shares[a:b].mean())) for a, b in spans),
+        ),
+    )
 
 
 @torch.no_grad()
-def _held_out(recipe: Recipe, model: nn.Module, seed: int) -> tuple[float, float | None]:
+def held_out(recipe: Recipe, seed: int, model: nn.Module) -> tuple[float, float]:
     """Accuracy and loss on held-out samples: the same for every run of a seed."""
-    inputs, targets = recipe.stream.batches(seed, 0, 1, HELD_OUT_SAMPLES, "held_out")
-    inputs, targets = inputs[0].to(recipe.device, recipe.dtype), targets[0].to(recipe.device)
+    inputs, targets = held_out_samples(recipe, seed)
     model.eval()
     output = model(inputs)
     loss = float(CRITERIA[recipe.loss](output, targets))
-    return float(_hits(output, targets).double().mean()), loss if math.isfinite(loss) else None
+    return float(hits(output, targets).double().mean()), loss
+
+
+def held_out_samples(recipe: Recipe, seed: int) -> tuple[Tensor, Tensor]:
+    """Inputs (n, *shape) and targets (n,) that no run trains on."""
+    inputs, targets = recipe.stream.batches(seed, 0, 1, HELD_OUT_SAMPLES, "held_out")
+    return inputs[0].to(recipe.device, recipe.dtype), targets[0].to(recipe.device)

@@ -58,7 +58,7 @@ class Batches:
         keep_bytes: int = 256 * 2**20,
     ) -> None:
         self.stream, self.seed, self.steps, self.size, self.device = stream, seed, steps, size, device
-        self._keep_all = 4 * steps * size * math.prod(stream.shape) <= keep_bytes
+        self.keeps_all = 4 * steps * size * math.prod(stream.shape) <= keep_bytes
         self._chunks: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
@@ -67,7 +67,7 @@ class Batches:
             raise IndexError(f"step {step} is outside 0 … {self.steps - 1}")
         chunk, offset = divmod(step, self.CHUNK)
         if chunk not in self._chunks:
-            if not self._keep_all:
+            if not self.keeps_all:
                 self._chunks.clear()
             start = chunk * self.CHUNK
             inputs, targets = self.stream.batches(self.seed, start, min(start + self.CHUNK, self.steps), self.size)

@@ -1,0 +1,319 @@
+"""K runs in training as one batched network: their parameters (K, …), one step for all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from gammaopt._errors import UsageError
+from gammaopt._plan import Plan, Scale
+from gammaopt._wrap import unwrap
+from gammaopt.online.streams import Batches
+from gammaopt.online.train import FAMILIES, Recipe, Run, fresh_model, held_out_samples, seeded
+
+HELD_OUT_SLICE = 256  # samples of the held-out set passed through a whole stack at a time
+ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
+ADAMW_DECAY = 1e-2
+
+
+@dataclass
+class Seed:
+    """What runs of a seed share: the network at initialisation, its plan, the batches, and h₀ on them."""
+
+    recipe: Recipe
+    net: nn.Module
+    plan: Plan
+    batches: Batches
+    initial: dict[str, Tensor]
+    _frozen: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    _held_out: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def frozen_output(self, step: int) -> Tensor:
+        """h(x; θ₀) on the batch of ``step``, (size, outputs); computed for a chunk of steps at a time."""
+        chunk, offset = divmod(step, Batches.CHUNK)
+        if chunk not in self._frozen:
+            if not self.batches.keeps_all:
+                self._frozen.clear()
+            steps = range(chunk * Batches.CHUNK, min((chunk + 1) * Batches.CHUNK, self.batches.steps))
+            inputs = torch.stack([self.batches[i][0] for i in steps])
+            output = self._h0(inputs.flatten(0, 1).to(self.recipe.dtype))
+            self._frozen[chunk] = output.view(*inputs.shape[:2], *output.shape[1:])
+        return self._frozen[chunk][offset]
+
+    @torch.no_grad()
+    def held_out(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Held-out inputs, targets and h₀."""
+        if self._held_out is None:
+            inputs, targets = held_out_samples(self.recipe, self.batches.seed)
+            self._held_out = inputs, targets, torch.cat([self._h0(part) for part in inputs.split(HELD_OUT_SLICE)])
+        return self._held_out
+
+    def _h0(self, inputs: Tensor) -> Tensor:
+        return cast("Tensor", functional_call(self.net, self.initial, (inputs,)))
+
+
+class Seeds:
+    """Seed → what its runs share, made when first asked for."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._made: dict[int, Seed] = {}
+
+    def __getitem__(self, seed: int) -> Seed:
+        if seed not in self._made:
+            recipe = self.recipe
+            batches = Batches(recipe.stream, seed, recipe.steps, recipe.batch_size, recipe.device)
+            with seeded(recipe.device, seed):
+                model = fresh_model(recipe, 1.0, batches[0][0], center="none")
+            plan = cast("Plan", model.gammaopt)
+            net = unwrap(model)
+            _check_module(net)
+            initial = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+            self._made[seed] = Seed(recipe, net, plan, batches, initial)
+        return self._made[seed]
+
+    def scales(self, run: Run) -> Mapping[str, Scale]:
+        plan = dataclasses.replace(self[run.seed].plan, gamma=run.gamma)
+        return plan.scales(FAMILIES[self.recipe.optimizer])
+
+
+def _check_module(net: nn.Module) -> None:
+    """Modules whose behaviour in a stack would differ from their own."""
+    for name, module in net.named_modules():
+        where = f"{name or 'the network'} ({type(module).__name__})"
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            raise UsageError(
+                f"{where} accumulates running statistics, which a stack of runs can't; "
+                "set track_running_stats=False, use GroupNorm or LayerNorm, or give one_at_a_time=True"
+            )
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            raise UsageError(
+                f"{where} draws at random, so a run would depend on its neighbours; set p=0, or give one_at_a_time=True"
+            )
+
+
+class Stack:
+    """K runs in training: their parameters and optimizer states, (K, …) each, and their rates."""
+
+    def __init__(self, seeds: Seeds, runs: list[Run]) -> None:
+        self.seeds, self.runs, self.recipe = seeds, runs, seeds.recipe
+        first = seeds[runs[0].seed]
+        trainable = [name for name, parameter in first.net.named_parameters() if parameter.requires_grad]
+        self.parameters = {name: torch.stack([seeds[run.seed].initial[name] for run in runs]) for name in trainable}
+        fixed = {name: t for name, t in first.initial.items() if name not in self.parameters}
+        _check_fixed(seeds, runs, fixed)
+        self._fixed = {**fixed, **dict(first.net.named_buffers())}
+        momentum, adam = bool(self.recipe.momentum), self.recipe.optimizer != "sgd"
+        self.states = [
+            {name: torch.zeros_like(stacked) for name, stacked in self.parameters.items()}
+            for _ in range(2 if adam else int(momentum))
+        ]
+        self.step = 0
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What follows from the runs that are in the stack now."""
+        recipe, runs = self.recipe, self.runs
+        self.net = self.seeds[runs[0].seed].net
+        self._gammas = self._column([run.gamma for run in runs])
+        self._lrs = self._column([run.lr for run in runs])
+        scales = [self.seeds.scales(run) for run in runs]
+        self._rates = {
+            name: self._column([run.lr * scale[name].lr for run, scale in zip(runs, scales, strict=True)])
+            for name in self.parameters
+        }
+        self._eps = {name: self._column([ADAM_EPS * scale[name].eps for scale in scales]) for name in self.parameters}
+        self._distinct = sorted({run.seed for run in runs})
+        index = [self._distinct.index(run.seed) for run in runs]
+        self._index = torch.tensor(index, device=recipe.device)
+        self._leaves: list[Tensor]
+        if len(runs) == 1:  # no stack to speak of: the network itself, on the same memory
+            own = dict(self.net.named_parameters())
+            for name, stacked in self.parameters.items():
+                own[name].data = stacked[0]
+            self._leaves = [own[name] for name in self.parameters]
+        else:
+            self._leaves = [stacked.requires_grad_() for stacked in self.parameters.values()]
+
+    def _column(self, numbers: list[float]) -> Tensor:
+        return torch.tensor(numbers, dtype=self.recipe.dtype, device=self.recipe.device)
+
+    @torch.no_grad()
+    def keep(self, positions: list[int]) -> None:
+        """Drop all runs but these."""
+        chosen = torch.tensor(positions, dtype=torch.long, device=self.recipe.device)
+        self.runs = [self.runs[i] for i in positions]
+        self.parameters = {name: stacked[chosen] for name, stacked in self.parameters.items()}
+        self.states = [{name: stacked[chosen] for name, stacked in state.items()} for state in self.states]
+        if self.runs:
+            self._prepare()
+
+    def load(self, step: int, parameters: dict[str, Tensor], states: list[dict[str, Tensor]]) -> None:
+        """Take the state of the same runs after ``step`` steps."""
+        self.step, self.parameters, self.states = step, parameters, states
+        if self.runs:
+            self._prepare()
+
+    def batch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs, targets and h₀ of this step: (size, …) if all runs share a seed, else (K, size, …)."""
+        seeds, step, dtype = (self.seeds[seed] for seed in self._distinct), self.step, self.recipe.dtype
+        inputs, targets, frozen = self._gather([(*seed.batches[step], seed.frozen_output(step)) for seed in seeds])
+        return inputs.to(dtype), targets, frozen
+
+    def _gather(self, parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+        """The distinct seeds' tensors as the runs see them."""
+        if len(parts) == 1:
+            inputs, targets, frozen = parts[0]
+        else:
+            inputs, targets, frozen = (torch.stack(part)[self._index] for part in zip(*parts, strict=True))
+        return inputs, targets, frozen
+
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """h of each run, (K, size, outputs), from inputs (size, …) shared by all, or (K, size, …)."""
+        if len(self.runs) == 1:
+            output: Tensor = self.net(inputs)
+            return output[None]
+
+        def forward(own: dict[str, Tensor], x: Tensor) -> Tensor:
+            return cast("Tensor", functional_call(self.net, {**self._fixed, **own}, (x,)))
+
+        return vmap(forward, in_dims=(0, None if self.shared else 0))(self.parameters, inputs)
+
+    @property
+    def shared(self) -> bool:
+        """Whether all runs see the same batch."""
+        return len(self._distinct) == 1
+
+    def train_step(self) -> tuple[Tensor, Tensor]:
+        """One step of all runs; their losses and shares of right answers before it, (K,)."""
+        inputs, targets, frozen = self.batch()
+        with torch.enable_grad():
+            output = self.outputs(inputs)
+            # At θ₀ the difference is 0 to the last bit, which a sum in another order need not be.
+            output = (output - (frozen if self.step else output.detach())) / self._gammas.view(-1, 1, 1)
+            losses = stacked_loss(self.recipe.loss, output, targets)
+            gradients = torch.autograd.grad(losses.sum(), self._leaves)
+        self.step += 1
+        with torch.no_grad():
+            shares = stacked_hits(output, targets).to(losses.dtype).mean(-1)
+            for (name, stacked), gradient in zip(self.parameters.items(), gradients, strict=True):
+                self._update(name, stacked, gradient.view_as(stacked))
+        return losses.detach(), shares
+
+    def _update(self, name: str, stacked: Tensor, gradient: Tensor) -> None:
+        shape = (-1, *[1] * (stacked.dim() - 1))
+        rate = self._rates[name].view(shape)
+        if self.recipe.optimizer == "sgd":
+            if self.recipe.momentum:
+                gradient = self.states[0][name].mul_(self.recipe.momentum).add_(gradient)
+            stacked.addcmul_(gradient, rate, value=-1)
+            return
+        beta1, beta2 = ADAM_BETAS
+        if self.recipe.optimizer == "adamw":
+            stacked.mul_(1 - self._lrs.view(shape) * ADAMW_DECAY)
+        first = self.states[0][name].lerp_(gradient, 1 - beta1)
+        second = self.states[1][name].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        root = (second.sqrt() / math.sqrt(1 - beta2**self.step)).add_(self._eps[name].view(shape))
+        stacked.sub_((first * (rate / (1 - beta1**self.step))).div_(root))
+
+    @torch.no_grad()
+    def scores(self) -> list[tuple[float, float]]:
+        """Held-out accuracy and loss of each run; the network is put in evaluation mode for it."""
+        samples = [self.seeds[seed].held_out() for seed in self._distinct]
+        training = self.net.training
+        self.net.eval()
+        accuracy, loss = torch.zeros_like(self._gammas), torch.zeros_like(self._gammas)
+        count = len(samples[0][1])
+        for start in range(0, count, HELD_OUT_SLICE):
+            parts = [[tensor[start : start + HELD_OUT_SLICE] for tensor in sample] for sample in samples]
+            inputs, targets, frozen = self._gather(parts)
+            output = (self.outputs(inputs) - frozen) / self._gammas.view(-1, 1, 1)
+            share = targets.shape[-1] / count
+            accuracy += share * stacked_hits(output, targets).to(accuracy.dtype).mean(-1)
+            loss += share * stacked_loss(self.recipe.loss, output, targets)
+        self.net.train(training)
+        return list(zip(accuracy.tolist(), loss.tolist(), strict=True))
+
+
+def _check_fixed(seeds: Seeds, runs: list[Run], fixed: dict[str, Tensor]) -> None:
+    for seed in {run.seed for run in runs}:
+        for name, tensor in fixed.items():
+            if not torch.equal(seeds[seed].initial[name], tensor):
+                raise UsageError(
+                    f"parameter {name!r} is frozen but drawn anew for each seed, which a stack of several seeds can't "
+                    "hold; make it the same for all seeds, or give one_at_a_time=True"
+                )
+
+
+def stacked_loss(loss: str, output: Tensor, targets: Tensor) -> Tensor:
+    """Loss of each run, (K,), from outputs (K, size, outputs) and targets (size,) or (K, size)."""
+    targets = targets.expand(output.shape[0], targets.shape[-1])
+    if loss == "cross_entropy":
+        each = F.cross_entropy(output.flatten(0, 1), targets.flatten(), reduction="none")
+        return each.view(output.shape[:2]).mean(-1)
+    if targets.is_floating_point():
+        wanted = targets.to(output.dtype).view_as(output)
+    else:
+        wanted = F.one_hot(targets, output.shape[-1]).to(output.dtype)
+    return (output - wanted).square().flatten(1).mean(-1)
+
+
+def stacked_hits(output: Tensor, targets: Tensor) -> Tensor:
+    """Which samples each run answered right, (K, size)."""
+    if targets.is_floating_point():
+        return torch.zeros(output.shape[:2], dtype=torch.bool, device=output.device)
+    return output.argmax(-1) == targets
+
+
+class Traces:
+    """Loss and share of right answers of each run so far, moved off the device at each look."""
+
+    def __init__(self, runs: list[Run], steps: int) -> None:
+        self.losses = {run: torch.empty(0, dtype=torch.float64) for run in runs}
+        self.shares = dict(self.losses)
+        self._window: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, losses: Tensor, shares: Tensor) -> None:
+        self._window.append((losses, shares))
+
+    def look(self, runs: list[Run]) -> None:
+        """Move what the runs did since the last look to the host: the only synchronisation in training."""
+        losses, shares = (torch.stack(part).double().cpu() for part in zip(*self._window, strict=True))
+        self._window = []
+        for column, run in enumerate(runs):
+            self.losses[run] = torch.cat([self.losses[run], losses[:, column]])
+            self.shares[run] = torch.cat([self.shares[run], shares[:, column]])
+
+
+def check_forward(stack: Stack) -> None:
+    """Before the first step: name the module that a stack can't run, instead of a message from deep inside."""
+    inside: list[str] = []
+    handles = []
+    for name, module in stack.net.named_modules():
+        where = f"{name or 'the network'} ({type(module).__name__})"
+        handles.append(module.register_forward_pre_hook(lambda *_, where=where: inside.append(where)))
+        handles.append(module.register_forward_hook(lambda *_: inside.pop() and None))
+    inputs, _, _ = stack.batch()
+    try:
+        with torch.no_grad():
+            stack.outputs(inputs)
+    except (RuntimeError, ValueError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"{inside[-1] if inside else 'the network'} can't be run for several networks at once: {reason} "
+            "Change that module (no in-place writes to buffers, no branching on values), or give one_at_a_time=True"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,234 @@
+"""Many runs of one recipe at once: their parameters stand in one stack, and one step trains all of them.
+
+A small network leaves a machine idle: most of a step's time goes into starting operations. K runs that differ in γ,
+rate and seed only are one batched network with parameters (K, …), so K steps start as many operations as one. The
+sum of the runs' losses has each run's gradient in its own slice, so no run sees another.
+
+``h(x; θ₀)`` depends on seed and batch alone: it is computed once and serves every (γ, η) of its seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gammaopt._errors import UsageError, at_least, positive
+from gammaopt._wrap import SMALLEST_FLOAT32_GAMMA
+from gammaopt.online._checkpoint import Scores, restore, save
+from gammaopt.online._stack import Seeds, Stack, Traces, check_forward
+from gammaopt.online.record import RunRecord
+from gammaopt.online.train import FAMILIES, LOOK_EVERY, Recipe, Run, first_bad, summarise, train
+
+STACK_BYTES = 32 * 2**20  # parameters, gradients and states of a stack: about a processor's last-level cache
+ALONE_BYTES = 2**20  # a run that has this much of its own fills the processor by itself
+CHECKPOINT_SECONDS = 30.0
+
+Done = Callable[[Run, list[RunRecord]], object]
+
+
+class Progress(NamedTuple):
+    """How far :func:`train_many` is, in run-steps: one step of one run. A diverged run's remaining steps count."""
+
+    done: int
+    total: int
+
+
+def train_many(
+    recipe: Recipe,
+    runs: Iterable[Run],
+    *,
+    budgets: Sequence[int] = (),
+    stack: int | None = None,
+    one_at_a_time: bool = False,
+    checkpoint: Path | None = None,
+    on_done: Done | None = None,
+    on_progress: Callable[[Progress], object] | None = None,
+) -> list[RunRecord]:
+    """Train many runs of a recipe together; the same records as :func:`train` gives one by one.
+
+    Runs below γ = 1e-3 are trained in float64 if the recipe says float32, which loses too much of h − h₀ there.
+    A run that diverges is recorded and leaves the stack, which goes on without it.
+
+    Args:
+        recipe: network, stream, loss, optimizer; ``recipe.steps`` is the longest budget.
+        runs: γ, rate and seed of each, all different.
+        budgets: steps at which a record is made, each at most ``recipe.steps``. The rate is constant, so a run of
+            1,000 steps holds the one of 300. Only ``recipe.steps`` if empty.
+        stack: how many runs to train together; by default as many as the caches or the accelerator hold, and one
+            where a single run fills the machine.
+        one_at_a_time: train run by run, with the modules as they are: for networks that can't be stacked.
+        checkpoint: file for the state of the stack in training, written now and then and removed at the end; a call
+            with the same runs goes on from there.
+        on_done: called with each run and its records, as soon as they are known.
+        on_progress: called now and then.
+
+    Returns:
+        A record for each run and budget: all budgets of the first run, then of the second …
+
+    Raises:
+        UsageError: for repeated runs, a bad budget, or a module that can't be stacked: named, with the fix.
+
+    Example:
+        >>> from gammaopt.online import MLP, Staircase
+        >>> recipe = Recipe(lambda: MLP(32, 1, width=16), Staircase(), loss="mse", steps=20)
+        >>> records = train_many(recipe, [Run(gamma, 0.1, 0) for gamma in (1.0, 10.0)], budgets=(10, 20))
+        >>> [(record.gamma, record.steps) for record in records]
+        [(1.0, 10), (1.0, 20), (10.0, 10), (10.0, 20)]
+    """
+    runs = [Run(positive("gamma", gamma), positive("lr", lr), seed) for gamma, lr, seed in runs]
+    if len(set(runs)) < len(runs):
+        twice = next(run for i, run in enumerate(runs) if run in runs[:i])
+        raise UsageError(f"the run γ={twice.gamma:g}, lr={twice.lr:g}, seed={twice.seed} is given twice; drop one")
+    ends = _check_budgets(budgets, recipe.steps)
+    if stack is not None:
+        at_least("stack", stack, 1)
+    progress = _Progress(len(runs) * recipe.steps, on_progress)
+    results: dict[Run, list[RunRecord]] = {}
+
+    def finish(run: Run, records: list[RunRecord]) -> None:
+        results[run] = records
+        if on_done is not None:
+            on_done(run, records)
+
+    if one_at_a_time:
+        for run in runs:
+            finish(run, [train(dataclasses.replace(recipe, steps=end), **run._asdict()) for end in ends])
+            progress.add(recipe.steps)
+    else:
+        for dtype, members in _by_dtype(recipe, runs):
+            seeds = Seeds(dataclasses.replace(recipe, dtype=dtype))
+            queue = _stacks(seeds, members, stack)
+            while queue:
+                part = queue.pop(0)
+                try:
+                    _train_stack(seeds, part, ends, checkpoint, finish, progress)
+                except torch.OutOfMemoryError:
+                    if len(part) == 1:
+                        raise
+                    torch.cuda.empty_cache()
+                    half = (len(part) + 1) // 2
+                    queue = [part[:half], part[half:], *queue]
+                    progress.rewind()
+    return [record for run in runs for record in results[run]]
+
+
+def _check_budgets(budgets: Sequence[int], steps: int) -> list[int]:
+    ends = sorted({at_least("budget", budget, 1) for budget in budgets} or {steps})
+    if ends[-1] > steps:
+        raise UsageError(f"budget={ends[-1]} is more than the recipe's steps={steps}; give at most {steps}")
+    return ends
+
+
+def _by_dtype(recipe: Recipe, runs: list[Run]) -> Iterator[tuple[torch.dtype, list[Run]]]:
+    exact = [run for run in runs if recipe.dtype == torch.float32 and run.gamma < SMALLEST_FLOAT32_GAMMA]
+    rest = [run for run in runs if run not in exact] if exact else runs
+    if rest:
+        yield recipe.dtype, rest
+    if exact:
+        yield torch.float64, exact
+
+
+def _stacks(seeds: Seeds, runs: list[Run], size: int | None) -> list[list[Run]]:
+    """Runs in stacks of about equal size, those of a seed side by side: they share their batches."""
+    runs = sorted(runs, key=lambda run: run.seed)
+    count = math.ceil(len(runs) / (size or _stack_size(seeds, runs)))
+    bounds = [round(i * len(runs) / count) for i in range(count + 1)]
+    return [runs[a:b] for a, b in pairwise(bounds)]
+
+
+def _stack_size(seeds: Seeds, runs: list[Run]) -> int:
+    """How many runs to train together, from the bytes that each has of its own. No timing: always the same."""
+    net, device = seeds[runs[0].seed].net, torch.device(seeds.recipe.device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return max(1, int(0.5 * free / bytes_per_run(seeds.recipe)))
+    # Stacked weights make a convolution a grouped one, which the processor's library runs slower than one by one.
+    convolution = any(isinstance(module, nn.modules.conv._ConvNd) for module in net.modules())
+    each = _state_bytes(seeds.recipe, net)
+    return 1 if convolution or each > ALONE_BYTES else max(1, STACK_BYTES // each)
+
+
+def bytes_per_run(recipe: Recipe) -> int:
+    """What one run of a stack has of its own: parameters, gradients, optimizer states and saved activations."""
+    net = recipe.build().to(recipe.dtype)
+    inputs, _ = recipe.stream.batches(0, 0, 1, recipe.batch_size)
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        output = net(inputs[0].to(recipe.dtype))
+    for parameter in net.parameters():
+        kept.pop(parameter.data_ptr(), None)
+    del output
+    return _state_bytes(recipe, net) + sum(kept.values())
+
+
+def _state_bytes(recipe: Recipe, net: nn.Module) -> int:
+    states = int(bool(recipe.momentum)) if recipe.optimizer == "sgd" else 2
+    return (2 + states) * sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad)
+
+
+class _Progress:
+    def __init__(self, total: int, tell: Callable[[Progress], object] | None) -> None:
+        self._done, self._kept, self._total, self._tell = 0, 0, total, tell
+
+    def add(self, run_steps: int) -> None:
+        self._done += run_steps
+        if self._tell is not None:
+            self._tell(Progress(self._done, self._total))
+
+    def keep(self) -> None:
+        self._kept = self._done
+
+    def rewind(self) -> None:
+        self._done = self._kept
+
+
+def _train_stack(
+    seeds: Seeds, runs: list[Run], ends: list[int], checkpoint: Path | None, finish: Done, progress: _Progress
+) -> None:
+    """Train one stack to the longest budget and hand over the records of its runs."""
+    recipe, steps = seeds.recipe, ends[-1]
+    stack, traces = Stack(seeds, runs), Traces(runs, steps)
+    scores: Scores = {}
+    progress.keep()
+    if checkpoint is not None:
+        restore(checkpoint, stack, traces, scores)
+        progress.add(stack.step * len(runs))
+    if stack.step == 0 and len(runs) > 1:
+        check_forward(stack)
+    saved = time.monotonic()
+    while stack.step < steps and stack.runs:
+        until = min(steps, stack.step + LOOK_EVERY, *(end for end in ends if end > stack.step))
+        began = stack.step
+        while stack.step < until:
+            traces.add(*stack.train_step())
+        traces.look(stack.runs)
+        alive = [i for i, run in enumerate(stack.runs) if first_bad(traces.losses[run]) is None]
+        if len(alive) < len(stack.runs):
+            stack.keep(alive)
+        if stack.step in ends and stack.runs:
+            scores.update({(run, stack.step): score for run, score in zip(stack.runs, stack.scores(), strict=True)})
+        progress.add((stack.step - began) * len(runs))
+        if checkpoint is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
+            save(checkpoint, runs, stack, traces, scores)
+            saved = time.monotonic()
+    progress.add((steps - stack.step) * len(runs))  # all diverged
+    diverged = (0.0, math.nan)
+    for run in runs:
+        law = seeds[run.seed].plan.law(FAMILIES[recipe.optimizer])
+        losses, shares = traces.losses[run], traces.shares[run]
+        finish(run, [summarise(run, end, law, losses, shares, scores.get((run, end), diverged)) for end in ends])
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)

@@ -1,0 +1,295 @@
+"""Runs trained together against the same runs trained one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gammaopt._errors import UsageError
+from gammaopt._laws import Loss
+from gammaopt._plan import Parametrization
+from gammaopt.online import CNN, MLP, Digits, Recipe, Run, RunRecord, Staircase, ensemble, train, train_many
+from gammaopt.online import _stack as stack_module
+from gammaopt.online.train import OptimizerName
+
+build = partial(MLP, 144, 10, width=16)
+RECIPE = Recipe(build, Digits(), steps=60, batch_size=8, depth=3.0, dtype=torch.float64)
+RUNS = [Run(gamma, lr, seed) for gamma in (0.1, 1.0, 10.0) for lr in (0.5, 2.0) for seed in (3, 4)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def one_by_one(recipe: Recipe, runs: list[Run]) -> list[RunRecord]:
+    return [train(recipe, **run._asdict()) for run in runs]
+
+
+def assert_same(many: list[RunRecord], ones: list[RunRecord], tolerance: float) -> None:
+    assert len(many) == len(ones)
+    for a, b in zip(many, ones, strict=True):
+        assert (a.gamma, a.lr, a.seed, a.steps, a.diverged_at) == (b.gamma, b.lr, b.seed, b.steps, b.diverged_at)
+        for name in ("effective_lr", "prequential_accuracy", "prequential_loss", "final_accuracy", "final_loss"):
+            ours, theirs = getattr(a, name), getattr(b, name)
+            assert (ours is None) == (theirs is None), name
+            assert theirs is None or ours == pytest.approx(theirs, rel=tolerance, abs=tolerance), name
+        assert a.curve.steps == b.curve.steps
+        assert a.curve.loss == pytest.approx(b.curve.loss, rel=max(tolerance, 1e-5))
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+@pytest.mark.parametrize(("optimizer", "momentum"), [("sgd", 0.0), ("sgd", 0.9), ("adam", 0.0), ("adamw", 0.0)])
+def test_together_as_one_by_one_in_float64(loss: Loss, optimizer: OptimizerName, momentum: float) -> None:
+    recipe = dataclasses.replace(RECIPE, loss=loss, optimizer=optimizer, momentum=momentum)
+    scale = 1.0 if optimizer == "sgd" else 0.1
+    runs = [Run(run.gamma, run.lr * scale, run.seed) for run in RUNS]
+    assert_same(train_many(recipe, runs), one_by_one(recipe, runs), 1e-12)
+
+
+@pytest.mark.parametrize("stack", [1, 2, 5, None])
+def test_stacks_of_any_size_give_the_same(stack: int | None) -> None:
+    recipe = dataclasses.replace(RECIPE, optimizer="adam")
+    runs = [Run(run.gamma, 0.1 * run.lr, run.seed) for run in RUNS]
+    assert_same(train_many(recipe, runs, stack=stack), one_by_one(recipe, runs), 1e-12)
+
+
+@pytest.mark.parametrize("stack", [1, None])
+def test_float32_agrees_to_1e_5(stack: int | None) -> None:
+    recipe = dataclasses.replace(RECIPE, dtype=torch.float32, steps=40, loss="mse")
+    runs = [run for run in RUNS if run.gamma >= 1]
+    assert_same(train_many(recipe, runs, stack=stack), one_by_one(recipe, runs), 1e-5)
+
+
+@pytest.mark.parametrize("parametrization", ["mean_field", "as_is"])
+def test_regression_with_biases_and_layer_norm_and_a_frozen_layer(parametrization: Parametrization) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(7)
+        first, last = nn.Linear(32, 16), nn.Linear(16, 1)
+        first.requires_grad_(False)
+        return nn.Sequential(first, nn.LayerNorm(16), nn.Tanh(), nn.Linear(16, 16), nn.GELU(), last)
+
+    recipe = Recipe(
+        make, Staircase(), "mse", steps=50, batch_size=8, parametrization=parametrization, dtype=torch.float64
+    )
+    if parametrization == "mean_field":  # drawn for each seed anew, frozen or not
+        recipe = dataclasses.replace(recipe, build=partial(MLP, 32, 1, width=8, bias=True))
+    runs = [Run(gamma, 0.05, seed) for gamma in (0.5, 2.0) for seed in (0, 1)]
+    assert_same(train_many(recipe, runs), one_by_one(recipe, runs), 1e-12)
+
+
+def test_convolutions_alone_and_stacked() -> None:
+    recipe = dataclasses.replace(RECIPE, build=partial(CNN, (1, 12, 12), 10, width=4, depth=3), steps=12)
+    runs = RUNS[:4]
+    ones = one_by_one(recipe, runs)
+    assert_same(train_many(recipe, runs), ones, 1e-12)
+    assert_same(train_many(recipe, runs, stack=4), ones, 1e-12)
+
+
+def test_diverged_runs_are_recorded_and_disturb_nobody() -> None:
+    recipe = dataclasses.replace(RECIPE, loss="mse", steps=130)
+    runs = [*RUNS, Run(1.0, 1e4, 3), Run(1.0, 200.0, 4), Run(0.1, 1e30, 3)]
+    many = train_many(recipe, runs)
+    assert_same(many, one_by_one(recipe, runs), 1e-12)
+    assert sum(record.diverged_at is not None for record in many) == 3
+    assert_same(train_many(recipe, runs[-3:]), many[-3:], 0.0)
+
+
+def test_budgets_are_the_runs_of_fewer_steps() -> None:
+    runs = [*RUNS[:3], Run(1.0, 1e4, 3)]
+    many = train_many(RECIPE, runs, budgets=(60, 7, 50))
+    ones = [
+        record
+        for run in runs
+        for end in (7, 50, 60)
+        for record in one_by_one(dataclasses.replace(RECIPE, steps=end), [run])
+    ]
+    assert_same(many, ones, 1e-12)
+
+
+def test_small_gamma_alone_is_trained_in_float64() -> None:
+    recipe = dataclasses.replace(RECIPE, dtype=torch.float32, loss="mse")
+    small, large = Run(5e-4, 1.0, 3), Run(1.0, 1.0, 3)
+    many = train_many(recipe, [small, large])
+    assert_same(many[:1], one_by_one(dataclasses.replace(recipe, dtype=torch.float64), [small]), 1e-12)
+    assert_same(many[1:], one_by_one(recipe, [large]), 1e-5)
+
+
+def test_frozen_output_is_computed_once_for_a_seed_and_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = 0
+    h0 = stack_module.Seed._h0
+
+    def counted(self: stack_module.Seed, inputs: Tensor) -> Tensor:
+        nonlocal samples
+        samples += len(inputs)
+        return h0(self, inputs)
+
+    monkeypatch.setattr(stack_module.Seed, "_h0", counted)
+    train_many(RECIPE, RUNS, stack=2)
+    assert samples == 2 * (RECIPE.steps * RECIPE.batch_size + 2048)
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_stopped_stack_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: OptimizerName
+) -> None:
+    monkeypatch.setattr(ensemble, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(ensemble, "LOOK_EVERY", 10)
+    recipe = dataclasses.replace(RECIPE, optimizer=optimizer, loss="mse", momentum=0.9 if optimizer == "sgd" else 0.0)
+    runs = [*(Run(run.gamma, 0.1 * run.lr, run.seed) for run in RUNS), Run(1.0, 1e9, 3)]
+    whole = train_many(recipe, runs, budgets=(20, 60))
+    path = tmp_path / "stack.pt"
+
+    def stop(progress: ensemble.Progress) -> None:
+        if progress.done >= 0.6 * progress.total:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        train_many(recipe, runs, budgets=(20, 60), checkpoint=path, on_progress=stop)
+    steps = 0
+    step = stack_module.Stack.train_step
+
+    def counted(self: stack_module.Stack) -> tuple[Tensor, Tensor]:
+        nonlocal steps
+        steps += 1
+        return step(self)
+
+    monkeypatch.setattr(stack_module.Stack, "train_step", counted)
+    told: list[ensemble.Progress] = []
+    again = train_many(recipe, runs, budgets=(20, 60), checkpoint=path, on_progress=told.append)
+    assert again == whole
+    assert 0 < steps <= 0.5 * recipe.steps
+    assert told[-1].done == told[-1].total
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_other_runs_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ensemble, "CHECKPOINT_SECONDS", 0.0)
+
+    def stop(progress: ensemble.Progress) -> None:
+        if progress.done > 0.5 * progress.total:
+            raise StoppedError
+
+    path = tmp_path / "stack.pt"
+    with pytest.raises(StoppedError):
+        train_many(RECIPE, RUNS[:2], checkpoint=path, on_progress=stop)
+    assert train_many(RECIPE, RUNS[2:4], checkpoint=path) == train_many(RECIPE, RUNS[2:4])
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "stack.pt"
+    path.write_bytes(b"nonsense")
+    with pytest.raises(UsageError, match=r"stack\.pt can't be read as a checkpoint .*; remove it"):
+        train_many(RECIPE, RUNS, checkpoint=path)
+
+
+def test_out_of_memory_halves_the_stack_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    step = stack_module.Stack.train_step
+
+    def limited(self: stack_module.Stack) -> tuple[Tensor, Tensor]:
+        sizes.append(len(self.runs))
+        if len(self.runs) > 4 or (len(self.runs) == 4 and self.step == 30):
+            raise torch.OutOfMemoryError("too much")
+        return step(self)
+
+    whole = train_many(RECIPE, RUNS)
+    monkeypatch.setattr(stack_module.Stack, "train_step", limited)
+    told: list[ensemble.Progress] = []
+    assert_same(train_many(RECIPE, RUNS, on_progress=told.append), whole, 1e-12)
+    assert set(sizes) >= {12, 6, 3}
+    assert told[-1].done == told[-1].total
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class Counting(nn.Module):
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += x.detach().mean(0)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.BatchNorm1d(16), r"accumulates running statistics.*track_running_stats=False"),
+        (nn.Dropout(0.5), r"draws at random.*set p=0"),
+        (Branching(), r"can't be run for several networks at once.*no branching on values"),
+        (Counting(), r"can't be run for several networks at once.*in-place writes to buffers"),
+    ],
+)
+def test_a_module_that_cannot_be_stacked_is_named_and_runs_one_at_a_time(module: nn.Module, message: str) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(144, 16), module, nn.ReLU(), nn.Linear(16, 10))
+
+    recipe = dataclasses.replace(RECIPE, build=make, parametrization="as_is", steps=5)
+    named = rf"2 \({type(module).__name__}\) {message}.*one_at_a_time=True"
+    with pytest.raises(UsageError, match=named):
+        train_many(recipe, RUNS[:2])
+
+
+def test_one_at_a_time_runs_batch_norm_as_it_is() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(144, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10))
+
+    recipe = dataclasses.replace(RECIPE, build=make, parametrization="as_is", steps=5)
+    many = train_many(recipe, RUNS[:2], one_at_a_time=True, budgets=(3, 5))
+    assert many[1::2] == one_by_one(recipe, RUNS[:2])
+    assert [record.steps for record in many] == [3, 5, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budgets": (0,)}, "budget=0 is too small"),
+        ({"budgets": (61,)}, "budget=61 is more than the recipe's steps=60; give at most 60"),
+        ({"stack": 0}, "stack=0 is too small"),
+    ],
+)
+def test_bad_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        train_many(RECIPE, RUNS, **options)  # type: ignore[arg-type]
+
+
+def test_repeated_and_impossible_runs() -> None:
+    with pytest.raises(UsageError, match=r"the run γ=1, lr=0.5, seed=3 is given twice; drop one"):
+        train_many(RECIPE, [*RUNS, Run(1.0, 0.5, 3)])
+    with pytest.raises(UsageError, match="gamma=-1"):
+        train_many(RECIPE, [Run(-1.0, 0.5, 3)])
+    with pytest.raises(UsageError, match="lr=nan"):
+        train_many(RECIPE, [Run(1.0, math.nan, 3)])
+    assert train_many(RECIPE, []) == []
+
+
+def test_the_stack_fits_the_caches_and_large_or_convolutional_networks_train_alone() -> None:
+    def size(**changes: object) -> int:
+        recipe = dataclasses.replace(RECIPE, dtype=torch.float32, **changes)  # type: ignore[arg-type]
+        return ensemble._stack_size(stack_module.Seeds(recipe), RUNS)
+
+    assert size(build=partial(MLP, 144, 10, width=64)) >= 81
+    assert size(build=partial(MLP, 144, 10, width=512)) == 1
+    assert size(build=partial(CNN, (1, 12, 12), 10, width=4, depth=3)) == 1
+    assert size(build=partial(MLP, 144, 10, width=64), optimizer="adam") < size(build=partial(MLP, 144, 10, width=64))

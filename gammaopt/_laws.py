@@ -17,13 +17,32 @@ are this project's own.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from gammaopt._errors import UsageError, one_of, positive
 
+if TYPE_CHECKING:
+    from gammaopt._fit import Of, Record, Slopes
+
 OptimizerFamily = Literal["sgd", "adam"]
 Loss = Literal["mse", "cross_entropy"]
+
+
+@dataclass(frozen=True)
+class LawFit:
+    """A law calibrated on runs: ``fit.law.lr(fit.base_lr, gamma)`` is the rate it predicts.
+
+    Attributes:
+        law: with the fitted exponents and bend, and the predicted ones where the runs could not tell.
+        base_lr: c, the fitted rate at γ = 1.
+        slopes: what was fitted, with 95 % intervals and the points.
+    """
+
+    law: EtaLaw
+    base_lr: float
+    slopes: Slopes
 
 
 @dataclass(frozen=True)
@@ -93,6 +112,44 @@ class EtaLaw:
     def lr(self, base_lr: float, gamma: float) -> float:
         """The rate to use at ``gamma`` when ``base_lr`` is the rate tuned at γ = 1."""
         return positive("base_lr", base_lr) * self.factor(gamma)
+
+    @classmethod
+    def fit(
+        cls,
+        records: Iterable[Record],
+        *,
+        optimizer: OptimizerFamily = "sgd",
+        loss: Loss = "mse",
+        of: Of = "best",
+        knee: float | None = None,
+    ) -> LawFit:
+        """Calibrate the law on runs: exponents, bend and rate at γ = 1, with 95 % intervals.
+
+        The fitted law predicts like any other; its ``depth`` is the one that gives the fitted rich exponent.
+
+        Args:
+            records: runs over several γ and, for each γ, several rates; several seeds narrow the intervals.
+            optimizer, loss: what the runs were trained with.
+            of: fit the ``"best"`` rate at each γ, or the stable ``"edge"``.
+            knee: γ_c if it is known; fitted if there are at least three γ on each side, else 1.
+
+        Raises:
+            UsageError: if fewer than three γ have their best rate, or edge, inside the rates tried; or if they don't
+                reach into the rich regime, or the fitted exponents are not positive.
+        """
+        from gammaopt._fit import critical_rates, fit_slopes
+
+        slopes = fit_slopes(critical_rates(records, of), bend=None if knee is None else positive("knee", knee))
+        if slopes.rich is None:
+            raise UsageError("fewer than three γ lie above the bend, so its exponent is not known; give larger γ")
+        for name, exponent in {"rich": slopes.rich, "lazy": slopes.lazy}.items():
+            if exponent is not None and exponent <= 0:
+                raise UsageError(
+                    f"the fitted {name} exponent is {exponent:.3g}, no law; give more seeds or longer runs"
+                )
+        depth = (2.0 if optimizer == "sgd" else 1.0) / slopes.rich
+        law = cls(depth, optimizer, loss, slopes.bend or 1.0, lazy_exponent=slopes.lazy)
+        return LawFit(law, slopes.lr_at_one, slopes)
 
     def _plateau_growth(self, x: float) -> float:
         """The plateau at γ = x·γ_c over the one at the knee."""

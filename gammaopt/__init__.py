@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gammaopt._depth import effective_depth as effective_depth
     from gammaopt._knee import knee as knee
     from gammaopt._plan import Plan as Plan
+    from gammaopt._residual import Residual as Residual
     from gammaopt._wrap import fold as fold
     from gammaopt._wrap import unwrap as unwrap
     from gammaopt._wrap import wrap as wrap
@@ -38,6 +39,7 @@ __all__ = [
     "EtaLaw",
     "MissingExtraError",
     "Plan",
+    "Residual",
     "UsageError",
     "effective_depth",
     "fold",
@@ -53,6 +55,7 @@ _LAZY = {
     "Adam": "gammaopt.optim",
     "AdamW": "gammaopt.optim",
     "Plan": "gammaopt._plan",
+    "Residual": "gammaopt._residual",
     "fold": "gammaopt._wrap",
     "knee": "gammaopt._knee",
     "effective_depth": "gammaopt._depth",

@@ -22,6 +22,8 @@ s(γ) is :class:`EtaLaw`, the same for every parameter. The width factor w belon
 
 Adam's eps must scale like the gradient it is compared with: ∝ 1/γ, and ∝ 1/N on all but the readout's parameters.
 
+With a depth rule (:mod:`gammaopt._residual`) the parameters inside residual blocks have one more factor on both.
+
 A plan is keyed by parameter name and knows no tensors, so copies, checkpoints and sharding cannot separate it from
 the parameters it describes. Sources: Yang et al., Tensor Programs V (arXiv 2203.03466) for width; the mean-field
 form's rates are tested here against that form written out.
@@ -34,6 +36,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from gammaopt._laws import EtaLaw, Loss, OptimizerFamily
+from gammaopt._residual import DepthRule
 from gammaopt._roles import Rule
 
 Parametrization = Literal["as_is", "mean_field"]
@@ -68,6 +71,7 @@ class Plan:
         rules: one :class:`Rule` for each parameter, in the model's own order.
         readout: qualified name of the layer whose output is the network's.
         base: the network that rates were tuned on, if it was given.
+        residual: the depth rule of a residual network, if it was given.
     """
 
     gamma: float
@@ -79,6 +83,7 @@ class Plan:
     rules: tuple[Rule, ...]
     readout: str | None = None
     base: Base | None = None
+    residual: DepthRule | None = None
 
     def law(self, optimizer: OptimizerFamily = "sgd") -> EtaLaw:
         """The learning-rate law of this model under a family of optimizers."""
@@ -91,8 +96,12 @@ class Plan:
     def scales(self, optimizer: OptimizerFamily = "sgd") -> dict[str, Scale]:
         """Parameter name → factors on the optimizer's ``lr`` and ``eps``."""
         factor = self.law(optimizer).factor(self.gamma)
-        factors = ((rule.name, self._width_factors(rule, optimizer)) for rule in self.rules)
-        return {name: Scale(width.lr * factor, width.eps / self.gamma) for name, width in factors}
+        scales = {}
+        for rule in self.rules:
+            width = self._width_factors(rule, optimizer)
+            lr, eps = self.residual.factors(rule.name, optimizer) if self.residual else (1.0, 1.0)
+            scales[rule.name] = Scale(width.lr * factor * lr, width.eps / self.gamma * eps)
+        return scales
 
     def _width_factors(self, rule: Rule, optimizer: OptimizerFamily) -> Scale:
         if self.width is None or (self.parametrization == "as_is" and self.base is None):
@@ -117,6 +126,10 @@ class Plan:
             f"γ = {self.gamma:g}, L = {self.depth:.3g}, {self.parametrization}, "
             f"{optimizer} under {self.loss}: s(γ) = {law.factor(self.gamma):.4g}, lr = {lr:g}"
         )
+        if self.residual is not None:
+            m, branch = self.residual.ratio, self.residual.branch
+            blocks = len(self.residual.blocks)
+            head += f"\n{blocks} residual blocks, m = {m:g}, α = {self.residual.alpha:g}: branches × {branch:.4g}"
         return "\n".join([head, *lines])
 
     def __str__(self) -> str:

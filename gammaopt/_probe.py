@@ -117,6 +117,8 @@ def probe(model: nn.Module, inputs: Inputs, output: Output | None = None) -> Ten
     output = getattr(model, "_gammaopt_output", output) if output is None else output
     try:
         returned = call(forward, inputs)
+    except UsageError:
+        raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(

@@ -23,7 +23,7 @@ from gammaopt._plan import Plan
 from gammaopt._probe import Output, replaced, select
 
 THETA0 = "gammaopt_theta0."
-PLAN = "gammaopt_plan"  # γ, depth and knee: rates must be the same after a restart
+PLAN = "gammaopt_plan"  # γ, depth, knee, m and α: function and rates must be the same after a restart
 
 
 class Wrapped(nn.Module):
@@ -81,9 +81,12 @@ class Wrapped(nn.Module):
 
     @property
     def gammaopt_plan(self) -> Tensor:
-        """γ, depth and knee as in ``state_dict()``; may be set, as ``functional_call`` does, at the same γ."""
+        """γ, depth, knee, and the depth rule's m and α, as in ``state_dict()``.
+
+        May be set, as ``functional_call`` does, at the same γ.
+        """
         plan = self.gammaopt
-        return torch.tensor([plan.gamma, plan.depth, plan.knee], dtype=torch.float64)
+        return torch.tensor([plan.gamma, plan.depth, plan.knee, *_depth_rule(plan)], dtype=torch.float64)
 
     @gammaopt_plan.setter
     def gammaopt_plan(self, value: Tensor) -> None:
@@ -136,8 +139,7 @@ class Wrapped(nn.Module):
         state_dict.update(theta0)
         if saved is not None:
             state_dict[prefix + PLAN] = saved
-            gamma, depth, knee = saved.tolist()
-            self._adopt(gamma, depth, knee, error_msgs)
+            self._adopt(saved.tolist(), error_msgs)
         ours = {name.removeprefix(start): tensor for name, tensor in theta0.items()}
         if self._gammaopt_reference is None:
             unexpected_keys.extend(start + name for name in ours)
@@ -155,12 +157,20 @@ class Wrapped(nn.Module):
         missing_keys.extend(start + name for name in keys.missing_keys)
         unexpected_keys.extend(start + name for name in keys.unexpected_keys)
 
-    def _adopt(self, gamma: float, depth: float, knee: float, error_msgs: list[str]) -> None:
+    def _adopt(self, saved: list[float], error_msgs: list[str]) -> None:
         """Take depth and knee from a checkpoint: measured anew on another draw they would give other rates."""
+        gamma, depth, knee, ratio, alpha = saved
         if gamma != self.gammaopt.gamma:
             error_msgs.append(
                 f"the checkpoint was saved at γ = {gamma:g} and this model is wrapped with "
                 f"γ = {self.gammaopt.gamma:g}; wrap the net with the checkpoint's γ"
+            )
+            return
+        if (ratio, alpha) != _depth_rule(self.gammaopt):
+            here = _depth_rule(self.gammaopt)
+            error_msgs.append(
+                f"the checkpoint was saved under a depth rule with m = {ratio:g}, α = {alpha:g} and this model has "
+                f"m = {here[0]:g}, α = {here[1]:g}; wrap the net with the checkpoint's residual="
             )
             return
         self.__dict__["gammaopt"] = dataclasses.replace(self.gammaopt, depth=depth, knee=knee)
@@ -174,6 +184,13 @@ class Wrapped(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The wrapped class is made at run time and can't be found by name: rebuild it from the class it wraps.
         return _blank, (type(self)._gammaopt_base,), *super().__reduce_ex__(protocol)[2:]
+
+
+def _depth_rule(plan: Plan) -> tuple[float, float]:
+    """m and α; (1, 1) where no rule changes anything."""
+    if plan.residual is None or plan.residual.ratio == 1:
+        return 1.0, 1.0
+    return plan.residual.ratio, plan.residual.alpha
 
 
 def _on_meta(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ s(γ) is :class:`EtaLaw`, the same for every parameter. The width factor w belon
         embedding, bias, norm       N        1
         readout bias, scalar        1        1
 
-    since Adam's step does not depend on the gradient's size.
+    since Adam's step does not depend on the gradient's size. For Muon's matrices see :mod:`gammaopt.optim._muon`.
 ``as_is`` with a base network
     w = the target's mean-field factor over the base network's: 1 at the base's own width, so that rates tuned there
     serve every other width.
@@ -31,6 +31,7 @@ form's rates are tested here against that form written out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -43,7 +44,7 @@ Parametrization = Literal["as_is", "mean_field"]
 
 
 class Scale(NamedTuple):
-    """Factors on what the user gave the optimizer, for one parameter: on ``lr``, and on Adam's ``eps``."""
+    """Factors on what the user gave the optimizer, for one parameter: on ``lr``, and on ``eps``."""
 
     lr: float
     eps: float = 1.0
@@ -93,23 +94,23 @@ class Plan:
         """Parameter name → factor on the optimizer's ``lr``."""
         return {name: scale.lr for name, scale in self.scales(optimizer).items()}
 
-    def scales(self, optimizer: OptimizerFamily = "sgd") -> dict[str, Scale]:
-        """Parameter name → factors on the optimizer's ``lr`` and ``eps``."""
+    def scales(self, optimizer: OptimizerFamily = "sgd", *, adjust_lr_fn: str | None = None) -> dict[str, Scale]:
+        """Parameter name → factors on the optimizer's ``lr`` and ``eps``; ``adjust_lr_fn`` is Muon's."""
         factor = self.law(optimizer).factor(self.gamma)
         scales = {}
         for rule in self.rules:
-            width = self._width_factors(rule, optimizer)
+            width = self._width_factors(rule, optimizer, adjust_lr_fn)
             lr, eps = self.residual.factors(rule.name, optimizer) if self.residual else (1.0, 1.0)
             scales[rule.name] = Scale(width.lr * factor * lr, width.eps / self.gamma * eps)
         return scales
 
-    def _width_factors(self, rule: Rule, optimizer: OptimizerFamily) -> Scale:
+    def _width_factors(self, rule: Rule, optimizer: OptimizerFamily, adjust_lr_fn: str | None) -> Scale:
         if self.width is None or (self.parametrization == "as_is" and self.base is None):
             return Scale(1.0)
-        target = _mean_field(rule, self.width, optimizer)
+        target = _mean_field(rule, self.width, optimizer, adjust_lr_fn)
         if self.base is None:
             return target
-        base = _mean_field(self.base.rules[rule.name], self.base.width, optimizer)
+        base = _mean_field(self.base.rules[rule.name], self.base.width, optimizer, adjust_lr_fn)
         return Scale(target.lr / base.lr, target.eps / base.eps)
 
     def table(self, lr: float = 1.0, optimizer: OptimizerFamily = "sgd") -> str:
@@ -136,11 +137,28 @@ class Plan:
         return self.table() + "\nRates at lr = 1; the optimizer's effective_lrs() tells them at its own."
 
 
-def _mean_field(rule: Rule, width: float, optimizer: OptimizerFamily) -> Scale:
+def _mean_field(rule: Rule, width: float, optimizer: OptimizerFamily, adjust_lr_fn: str | None) -> Scale:
     """Width factors of one parameter in mean-field form, natural parametrization: the table above."""
     of_readout = rule.role in ("readout weight", "readout bias", "scalar")
-    if optimizer == "adam":
-        return Scale(1.0 / rule.fan_in if rule.fan_in else 1.0, 1.0 if of_readout else 1.0 / width)
+    if optimizer != "sgd":
+        adam = Scale(1.0 / rule.fan_in if rule.fan_in else 1.0, 1.0 if of_readout else 1.0 / width)
+        return adam if optimizer == "adam" else _muon(rule, adam, adjust_lr_fn)
     if rule.scale is not None:
         return Scale(width * rule.scale**2)
     return Scale(1.0 if of_readout else width)
+
+
+def _muon(rule: Rule, adam: Scale, adjust_lr_fn: str | None) -> Scale:
+    """Factors of a matrix whose update is orthogonalised: what its size should be over what torch makes it.
+
+    Everything else has Adam's, for Muons that step the rest by Adam.
+    """
+    if len(rule.shape) < 2 or not (rule.fan_in or rule.role == "embedding"):
+        return adam
+    rows, columns = rule.shape[0], rule.fan_in or math.prod(rule.shape[1:])
+    larger = math.sqrt(max(rows, columns))
+    unclamped = math.sqrt(rows / columns)
+    wanted = larger if rule.role == "embedding" else unclamped
+    given = {"match_rms_adamw": larger, "spectral_unclamped": unclamped}.get(str(adjust_lr_fn), max(1.0, unclamped))
+    # eps is compared with the norm of the whole gradient, Adam's with an entry.
+    return Scale(wanted / given, adam.eps * math.sqrt(rows * columns))

@@ -29,7 +29,7 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     r"""Parameter groups of a wrapped model at the rates that :class:`gammaopt.SGD` or ``Adam`` would use.
 
-    For any other optimizer that takes groups: schedule-free ones, Lion, ``torch.optim.Muon``, DeepSpeed's. Use
+    For any other optimizer that takes groups: schedule-free ones, Lion, another Muon, DeepSpeed's. Use
     schedulers that multiply rates (``LambdaLR``, ``StepLR``, ``CosineAnnealingLR`` down to 0); absolute ones need a
     list with one value per group.
 
@@ -37,7 +37,8 @@ def param_groups(
         model: a model wrapped by :func:`gammaopt.wrap`, or one that holds such models.
         lr: the rate tuned at γ = 1.
         optimizer: family of the update. ``"sgd"``: the step is proportional to the gradient. ``"adam"``: it does not
-            depend on the gradient's size, as in Adam, Lion (signs) and Muon (orthogonalised).
+            depend on the gradient's size, as in Adam and Lion. ``"muon"``: matrices are stepped by an orthogonalised
+            update times √max(1, rows/columns), and the rest by Adam.
         weight_decay: if given, each group gets weight_decay/m, so that lr·weight_decay stays what it is here.
             Without it the optimizer's own default is used, undivided.
         eps: if given, each group gets eps times the factor of the gradient's size; for optimizers like Adam.
@@ -93,4 +94,4 @@ def _scales(model: nn.Module, family: OptimizerFamily) -> list[Scale]:
             f"parameter {orphans[0]!r} {tuple(named[orphans[0]].shape)} of this {type(model).__name__} "
             "belongs to no wrapped model; call gammaopt.wrap(net, gamma=…) on the whole of it"
         )
-    return owned_scales([*named.values()], family)[0]
+    return owned_scales([*named.values()], lambda plan: plan.scales(family))[0]

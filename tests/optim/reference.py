@@ -52,7 +52,7 @@ class Reference:
         given = list(params)
         groups = cast("list[dict[str, Any]]", given if isinstance(given[0], dict) else [{"params": given}])
         # Schedulers look for groups and for calls of step(): stand-ins without gradients give them both.
-        self.settings: Any = theirs(name)([{**group, "params": [torch.zeros(())]} for group in groups], **options)
+        self.settings: Any = theirs(name)([{**group, "params": [torch.zeros(1, 1)]} for group in groups], **options)
         tensors = [[{"params": [tensor]} for tensor in group["params"]] for group in groups]
         self._members = [
             range(sum(map(len, tensors[:i])), sum(map(len, tensors[: i + 1]))) for i in range(len(tensors))

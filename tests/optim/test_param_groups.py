@@ -68,16 +68,16 @@ def test_schedulers_that_multiply_rates_keep_the_trajectory() -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
-def test_torchs_muon_steps_matrices_at_the_rates_of_the_adam_family() -> None:
+def test_torchs_muon_steps_matrices_at_baked_rates() -> None:
     model, x, y = model_and_data()
     model.float()
-    groups = param_groups(model, 0.01, optimizer="adam", weight_decay=0.5)
+    groups = param_groups(model, 0.01, optimizer="muon", weight_decay=0.5)
     matrices = [{**group, "params": [p for p in group["params"] if p.ndim == 2]} for group in groups]
     matrices = [group for group in matrices if group["params"]]
     optimizer = torch.optim.Muon(matrices, momentum=0.0, nesterov=False)
     before = copy.deepcopy(dict(model.named_parameters()))
     run(model, optimizer, x.float(), y.float(), 1)
-    multipliers = plan_of(model).multipliers("adam")
+    multipliers = plan_of(model).multipliers("muon")
     for name, parameter in model.named_parameters():
         if parameter.ndim != 2:
             assert torch.equal(parameter, before[name])

@@ -19,17 +19,15 @@ from gammaopt._base import BaseShapes, base_of
 from gammaopt._depth import effective_depth
 from gammaopt._errors import UsageError, one_of, positive
 from gammaopt._knee import knee as measure_knee
-from gammaopt._laws import Loss
+from gammaopt._laws import SMALLEST_FLOAT32_GAMMA, Loss
 from gammaopt._plan import Base, Parametrization, Plan
-from gammaopt._probe import Inputs, Output, probe, probing
+from gammaopt._probe import Inputs, Output, probe, probing, trainable
 from gammaopt._residual import Residual
 from gammaopt._roles import Role, Rule, layers_in_order, rules_for
 from gammaopt._wrapped import Wrapped, wrapped_class
 
 Center = Literal["copy", "zero_readout", "none"]
 Net = TypeVar("Net", bound=nn.Module)
-
-LARGEST_ROUNDING = 2.4e-4  # of the output: what float32 loses at γ = 1e-3
 
 
 def wrap(
@@ -61,7 +59,8 @@ def wrap(
             layer runs last: without it the readout is the Linear or Conv layer registered last.
         parametrization: ``"as_is"`` keeps initialisation and relative rates. ``"mean_field"`` re-initialises weights,
             embeddings and biases (w ~ N(0, a²), biases 0; a = fan_in^(-1/2), readout 1/fan_in) and sets per-layer
-            rates, so that one ``lr`` serves every width.
+            rates, so that one ``lr`` serves every width. Parameters with ``requires_grad=False`` keep their values:
+            a frozen backbone is a pretrained one.
         center: ``"copy"`` keeps a frozen copy of the network for h(x; θ₀), which doubles its memory and adds a
             forward pass. ``"zero_readout"`` sets the readout to 0 instead, so that h₀ = 0 costs nothing; it needs
             ``example_inputs``. ``"none"`` drops the term: f = h/γ.
@@ -321,29 +320,34 @@ def _check_rules(net: nn.Module, rules: tuple[Rule, ...]) -> None:
 
 def _initialise(net: nn.Module, rules: tuple[Rule, ...]) -> None:
     """Draw mean-field weights w ~ N(0, a²) and set biases to 0, from torch's global random state."""
-    parameters = dict(net.named_parameters())
+    parameters = trainable(net)
     with torch.no_grad():
         for rule in rules:
-            if rule.fresh and rule.scale is not None:
+            if not rule.fresh or rule.name not in parameters:
+                continue
+            if rule.scale is not None:
                 parameters[rule.name].normal_(0.0, rule.scale)
-            elif rule.fresh:
+            else:
                 parameters[rule.name].zero_()
 
 
 def _scale_readout(net: nn.Module, rules: tuple[Rule, ...], base: Base) -> None:
     """std of the readout ∝ 1/fan_in from the base on: torch's own initialisation makes it fan_in^(-1/2)."""
-    parameters = dict(net.named_parameters())
+    parameters = trainable(net)
     with torch.no_grad():
         for rule in rules:
-            if rule.role == "readout weight" and rule.fan_in:
+            if rule.role == "readout weight" and rule.fan_in and rule.name in parameters:
                 parameters[rule.name].mul_((base.width / rule.fan_in) ** 0.5)
 
 
 def _zero_readout(net: nn.Module, readout: str | None, inputs: Inputs, output: Output | None) -> None:
     if readout is None:
         raise UsageError(f"{type(net).__name__} has no Linear or Conv readout to set to 0; use center='copy'")
+    layer = net.get_submodule(readout)
+    if not any(parameter.requires_grad for parameter in layer.parameters()):
+        raise UsageError(f"readout {readout!r} is frozen and would stay at 0; use center='copy'")
     with torch.no_grad():
-        for parameter in net.get_submodule(readout).parameters():
+        for parameter in layer.parameters():
             parameter.zero_()
         with probing(net):
             largest = float(probe(net, inputs, output).abs().max())
@@ -355,11 +359,14 @@ def _zero_readout(net: nn.Module, readout: str | None, inputs: Inputs, output: O
 
 
 def _freeze(start: nn.Module) -> nn.Module:
-    """θ₀'s copy: no gradients, and batch statistics that are used but never accumulated."""
+    """θ₀'s copy: no gradients, and batch statistics that are used but never accumulated nor counted."""
     start.requires_grad_(False)
     for module in start.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = 0.0
+            # In training the batch's statistics, in evaluation the running ones, as ever: those are there.
+            module.track_running_stats = False
+        elif isinstance(module, nn.modules.instancenorm._InstanceNorm):
+            module.momentum = 0.0  # there the flag would also choose the statistics of evaluation
     return start
 
 
@@ -370,7 +377,7 @@ def _warn_if_imprecise(net: nn.Module, gamma: float) -> None:
         return
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     loss = 2 * torch.finfo(coarsest).eps / gamma
-    if loss > LARGEST_ROUNDING:
+    if loss > 2 * torch.finfo(torch.float32).eps / SMALLEST_FLOAT32_GAMMA:
         dtype = str(coarsest).removeprefix("torch.")
         warnings.warn(
             f"gamma={gamma:g} in {dtype}: centring loses about {loss:.1e} of the output; "

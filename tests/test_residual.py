@@ -88,7 +88,7 @@ def test_trajectory_is_that_of_a_network_that_multiplies_its_branches(name: str,
     by_hand.factor = m**-alpha
     start = copy.deepcopy(by_hand)
     model = wrap(net, gamma, depth=2, knee=1.0, example_inputs=X, residual=rule)
-    lr, eps, decay = 0.02, 1e-3, 0.0 if name == "Adam" else 0.1
+    lr, eps, decay = 0.02, 1e-3, 0.1
     s = EtaLaw(2, "sgd" if name == "SGD" else "adam").factor(gamma)
     rate = m ** (2 * alpha - 1) if name == "SGD" else m ** (alpha - 1)
     groups: list[dict[str, Any]] = []
@@ -96,8 +96,11 @@ def test_trajectory_is_that_of_a_network_that_multiplies_its_branches(name: str,
         share = s * rate if inside else s
         params = [p for n, p in by_hand.named_parameters() if n.startswith("blocks.") == inside]
         groups.append({"params": params, "lr": lr * share, "weight_decay": decay / share})
+        gradient = (m**-alpha if inside else 1.0) / gamma
         if name != "SGD":
-            groups[-1]["eps"] = eps / gamma * (m**-alpha if inside else 1.0)
+            groups[-1]["eps"] = eps * gradient
+        if name == "Adam":  # L2 decay is part of the gradient
+            groups[-1]["weight_decay"] = decay * gradient
     options = {"momentum": 0.9} if name == "SGD" else {"eps": eps}
     ours = getattr(gammaopt, name)(model.parameters(), lr=lr, weight_decay=decay, **options)
     theirs = getattr(torch.optim, name)(groups, **({"momentum": 0.9} if name == "SGD" else {}))

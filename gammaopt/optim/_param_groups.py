@@ -1,6 +1,6 @@
 r"""Baked parameter groups, for optimizers that gammaopt does not have: one group per distinct multiplier m.
 
-    group:  lr·m,  weight_decay/m,  eps·e
+    group:  lr·m,  weight_decay/m (weight_decay·e where Adam couples it),  eps·e
 
 The optimizer then needs to know nothing of γ. What is baked in is fixed: a scheduler that writes absolute rates into
 the groups (OneCycleLR, CyclicLR, a minimum rate) flattens it, where :class:`gammaopt.SGD` would not.
@@ -26,6 +26,7 @@ def param_groups(
     optimizer: OptimizerFamily = "sgd",
     weight_decay: float | None = None,
     eps: float | None = None,
+    coupled: bool = False,
 ) -> list[dict[str, Any]]:
     r"""Parameter groups of a wrapped model at the rates that :class:`gammaopt.SGD` or ``Adam`` would use.
 
@@ -41,6 +42,9 @@ def param_groups(
             update times √max(1, rows/columns), and the rest by Adam.
         weight_decay: if given, each group gets weight_decay/m, so that lr·weight_decay stays what it is here.
             Without it the optimizer's own default is used, undivided.
+        coupled: whether an optimizer of the families ``"adam"`` and ``"muon"`` adds weight_decay·w to the gradient, as
+            ``torch.optim.Adam`` and ``RAdam`` do by default. weight_decay is then scaled like ``eps``, see
+            :class:`gammaopt.Adam`. In SGD that is the same thing as decoupled decay.
         eps: if given, each group gets eps times the factor of the gradient's size; for optimizers like Adam.
 
     Returns:
@@ -72,12 +76,13 @@ def param_groups(
 
     groups: dict[Scale, dict[str, Any]] = {}
     for parameter, scale in zip(model.parameters(), _scales(model, optimizer), strict=True):
-        # Without eps its factor must not split a group.
-        key = scale if eps is not None else Scale(scale.lr)
+        by_size = coupled and optimizer != "sgd" and weight_decay is not None
+        # Where nothing follows the gradient's size, its factor must not split a group.
+        key = scale if eps is not None or by_size else Scale(scale.lr)
         if key not in groups:
             groups[key] = {"params": [], "lr": lr * scale.lr}
             if weight_decay is not None:
-                groups[key]["weight_decay"] = weight_decay / scale.lr
+                groups[key]["weight_decay"] = weight_decay * scale.eps if by_size else weight_decay / scale.lr
             if eps is not None:
                 groups[key]["eps"] = eps * scale.eps
         groups[key]["params"].append(parameter)

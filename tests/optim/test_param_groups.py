@@ -23,14 +23,16 @@ STEPS = 20
         ("SGD", {"weight_decay": 0.1}, {"momentum": 0.9, "nesterov": True}),
         ("Adam", {"eps": 1e-3}, {"amsgrad": True}),
         ("Adam", {"eps": 1e-8, "weight_decay": 0.1}, {}),
+        ("Adam", {"weight_decay": 0.1}, {"eps": 0.0}),
         ("AdamW", {"eps": 1e-2, "weight_decay": 0.1}, {"fused": True}),
     ],
 )
 def test_torchs_class_over_baked_groups_has_gammaopts_trajectory(
-    name: str, baked: dict[str, float], options: dict[str, Any]
+    name: str, baked: dict[str, Any], options: dict[str, Any]
 ) -> None:
     model, twin, x, y = twins()
-    groups = param_groups(twin, 0.01, optimizer="sgd" if name == "SGD" else "adam", **baked)
+    coupled = name == "Adam"
+    groups = param_groups(twin, 0.01, optimizer="sgd" if name == "SGD" else "adam", coupled=coupled, **baked)
     run(model, ours(name)(model.parameters(), lr=0.01, **baked, **options), x, y, STEPS)
     run(twin, theirs(name)(groups, **options), x, y, STEPS)
     assert_equal_parameters(model, twin)

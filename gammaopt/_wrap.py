@@ -146,6 +146,7 @@ def wrap(
         gammaopt=plan, _gammaopt_reference=_freeze(start) if center == "copy" else None, _gammaopt_output=output
     )
     _registry.register(net)
+    _registry.changed()  # an optimizer that holds these parameters already must see that
     _distributed.watch_ddp()
     return net
 
@@ -264,8 +265,15 @@ def _check_net(net: nn.Module) -> None:
         raise UsageError(f"{name} is a TorchScript module, whose class can't change; wrap the Python module instead")
     if isinstance(net, Wrapped):
         raise UsageError(f"this {name} is already wrapped with γ = {net.gammaopt.gamma:g}; call gammaopt.unwrap first")
+    for part, module in net.named_modules():
+        if isinstance(module, Wrapped):
+            raise UsageError(
+                f"part {part!r} of this {name} is already wrapped with γ = {module.gammaopt.gamma:g}; "
+                "call gammaopt.unwrap on it first"
+            )
     if not any(parameter.requires_grad for parameter in net.parameters()):
-        raise UsageError(f"{name} has no trainable parameters; there is nothing to train")
+        why = "; call requires_grad_(True) on some" if any(True for _ in net.parameters()) else ""
+        raise UsageError(f"{name} has no trainable parameters: there is nothing to train{why}")
     if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or name.startswith("FSDP"):
         raise UsageError(f"net is prepared for several processes already; wrap it before it becomes a {name}")
     if "forward" in vars(net):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gammaopt import _distributed, _registry
-from gammaopt._errors import UsageError
+from gammaopt._errors import CheckpointError, UsageError
 from gammaopt._plan import Plan
 from gammaopt._probe import Output, replaced, select
 
@@ -57,7 +57,13 @@ class Wrapped(nn.Module):
                 start = select(reference(*args, **kwargs), output, self)
             rewind()
             returned = self._gammaopt_forward(*args, **kwargs)
-        return replaced(returned, output, (select(returned, output, self) - start) / gamma)
+        h = select(returned, output, self)
+        if h.shape != start.shape:  # they might broadcast
+            raise UsageError(
+                f"the output of {type(self).__name__} has shape {tuple(h.shape)} and had {tuple(start.shape)} when it "
+                "was wrapped; call gammaopt.unwrap on the model and wrap it again"
+            )
+        return replaced(returned, output, (h - start) / gamma)
 
     def train(self, mode: bool = True) -> Any:
         if self._gammaopt_reference is not None:
@@ -118,6 +124,46 @@ class Wrapped(nn.Module):
             _distributed.follow_sharding(self, self._gammaopt_reference)
             for name, tensor in self._gammaopt_reference.state_dict(keep_vars=keep_vars).items():
                 destination[f"{prefix}{THETA0}{name}"] = tensor
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As torch's; what does not fit is first said in one line.
+
+        Raises:
+            CheckpointError: a ``RuntimeError`` as torch's own, for a checkpoint of a plain network, or of one at
+                another γ, depth or width.
+        """
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        except RuntimeError as error:
+            raise CheckpointError("\n".join([*self._misfit(state_dict), str(error)])) from None
+
+    def _misfit(self, saved: Mapping[str, Any]) -> list[str]:
+        """In one line why a checkpoint does not fit, if that is plain to see."""
+        here = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
+        there = {name: tuple(tensor.shape) for name, tensor in saved.items() if isinstance(tensor, Tensor)}
+        if not here.keys() & there.keys():  # all names differ: a prefix, or another network
+            return []
+        modules = {name for name, _ in self.named_modules()}
+        ours = (PLAN, THETA0)
+        for name in [*here, *(name for name in there if not name.startswith(ours))]:
+            if name not in there or (name not in here and name.rpartition(".")[0] not in modules):
+                has, lacks = ("model", "checkpoint") if name in here else ("checkpoint", "model")
+                return [
+                    f"the checkpoint was saved at another depth: {name!r} of the {has} is not in the {lacks}; "
+                    "build the net with the checkpoint's layers"
+                ]
+        for name in here:
+            if here[name] != there[name]:
+                return [
+                    f"the checkpoint was saved at another width: {name!r} is {there[name]} there and {here[name]} "
+                    "here; build the net at the checkpoint's width"
+                ]
+        if PLAN not in saved and self._gammaopt_reference is not None:
+            return [
+                f"the checkpoint is of a plain network, without {PLAN!r} and θ₀; "
+                "load it into the net before gammaopt.wrap"
+            ]
+        return []
 
     def _load_from_state_dict(
         self,

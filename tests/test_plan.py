@@ -168,7 +168,7 @@ def test_frozen_parameters_keep_their_values() -> None:
     for options in ({"parametrization": "mean_field"}, {"base": build(4)}):
         net = build()
         before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
-        wrap(net, 1.0, depth=3, **options)  # type: ignore[arg-type]
+        wrap(net, 1.0, depth=3, **options)
         changed = {name for name, parameter in net.named_parameters() if not torch.equal(parameter, before[name])}
         assert changed == ({"3.weight", "3.bias"} if "base" not in options else set())
 

@@ -123,12 +123,15 @@ class Multipliers(Optimizer):
         return GroupScales((Scale(law.factor(gamma), 1.0 / gamma),) * len(parameters), names)
 
     def _look_up_again(self) -> None:
-        """Take the scales anew if a live plan changed: a checkpoint brings the depth and knee it was trained with."""
+        """Take the scales anew if a plan changed: by wrapping again, or by a checkpoint, which has its own."""
         if self._version == _registry.version():
             return
-        self._version = _registry.version()
-        if self._law is None and all(all(_registry.owners(group["params"])) for group in self.param_groups):
+        if self._law is not None:
+            for group in self.param_groups:
+                self._from_law(group["params"], 0)  # refuses what a model that was wrapped since has taken
+        elif all(all(_registry.owners(group["params"])) for group in self.param_groups):
             self._scales = [self._owned(group) for group in self.param_groups]
+        self._version = _registry.version()
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {"_scales": self._scales, "_law": self._law}

@@ -218,9 +218,9 @@ def test_hooks_fire_once_and_a_closure_is_evaluated_with_gradients() -> None:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = (model(x) - y).square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss  # type: ignore[no-any-return]
+        loss: Tensor = (model(x) - y).square().mean()
+        loss.backward()
+        return loss
 
     assert float(optimizer.step(closure).detach()) > 0
     assert calls == ["pre", "post"]

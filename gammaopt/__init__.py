@@ -11,6 +11,8 @@ Importing this package imports torch and numpy and nothing else, and those only 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gammaopt._errors import MissingExtraError as MissingExtraError
@@ -21,12 +23,14 @@ if TYPE_CHECKING:
     from gammaopt._depth import effective_depth as effective_depth
     from gammaopt._knee import knee as knee
     from gammaopt._plan import Plan as Plan
+    from gammaopt._residual import Residual as Residual
     from gammaopt._wrap import fold as fold
     from gammaopt._wrap import unwrap as unwrap
     from gammaopt._wrap import wrap as wrap
     from gammaopt.optim import SGD as SGD
     from gammaopt.optim import Adam as Adam
     from gammaopt.optim import AdamW as AdamW
+    from gammaopt.optim import Muon as Muon
     from gammaopt.optim import param_groups as param_groups
 
 __version__ = "0.1.0"
@@ -38,6 +42,7 @@ __all__ = [
     "EtaLaw",
     "MissingExtraError",
     "Plan",
+    "Residual",
     "UsageError",
     "effective_depth",
     "fold",
@@ -53,6 +58,7 @@ _LAZY = {
     "Adam": "gammaopt.optim",
     "AdamW": "gammaopt.optim",
     "Plan": "gammaopt._plan",
+    "Residual": "gammaopt._residual",
     "fold": "gammaopt._wrap",
     "knee": "gammaopt._knee",
     "effective_depth": "gammaopt._depth",
@@ -62,6 +68,16 @@ _LAZY = {
 }
 
 
+def _torch_has_muon() -> bool:
+    """Whether this torch, which is not imported for that, is 2.9 or newer and has ``torch.optim.Muon``."""
+    found = importlib.util.find_spec("torch")
+    return bool(found and found.origin and (Path(found.origin).parent / "optim" / "_muon.py").exists())
+
+
+if _torch_has_muon():
+    __all__ += ["Muon"]
+    _LAZY["Muon"] = "gammaopt.optim"
+
 _ROOMS = ("diagnostics", "online", "optim", "report", "tuning")
 
 
@@ -69,7 +85,8 @@ def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"gammaopt.{name}")
     if name not in _LAZY:
-        raise AttributeError(f"module 'gammaopt' has no attribute {name!r}")
+        why = "; it needs torch >= 2.9, or use gammaopt.param_groups" if name == "Muon" else ""
+        raise AttributeError(f"module 'gammaopt' has no attribute {name!r}{why}")
     value = getattr(importlib.import_module(_LAZY[name]), name)
     globals()[name] = value
     return value

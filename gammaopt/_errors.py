@@ -16,6 +16,10 @@ class UsageError(ValueError):
     """A value the caller can mend; the message names it and says how."""
 
 
+class CheckpointError(UsageError, RuntimeError):
+    """A checkpoint of another model. Also a ``RuntimeError``, which is what torch raises and its callers expect."""
+
+
 class MissingExtraError(ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 

@@ -15,12 +15,14 @@ s(γ) is :class:`EtaLaw`, the same for every parameter. The width factor w belon
         embedding, bias, norm       N        1
         readout bias, scalar        1        1
 
-    since Adam's step does not depend on the gradient's size.
+    since Adam's step does not depend on the gradient's size. For Muon's matrices see :mod:`gammaopt.optim._muon`.
 ``as_is`` with a base network
     w = the target's mean-field factor over the base network's: 1 at the base's own width, so that rates tuned there
     serve every other width.
 
 Adam's eps must scale like the gradient it is compared with: ∝ 1/γ, and ∝ 1/N on all but the readout's parameters.
+
+With a depth rule (:mod:`gammaopt._residual`) the parameters inside residual blocks have one more factor on both.
 
 A plan is keyed by parameter name and knows no tensors, so copies, checkpoints and sharding cannot separate it from
 the parameters it describes. Sources: Yang et al., Tensor Programs V (arXiv 2203.03466) for width; the mean-field
@@ -29,18 +31,20 @@ form's rates are tested here against that form written out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from gammaopt._laws import EtaLaw, Loss, OptimizerFamily
+from gammaopt._residual import DepthRule
 from gammaopt._roles import Rule
 
 Parametrization = Literal["as_is", "mean_field"]
 
 
 class Scale(NamedTuple):
-    """Factors on what the user gave the optimizer, for one parameter: on ``lr``, and on Adam's ``eps``."""
+    """Factors on what the user gave the optimizer, for one parameter: on ``lr``, and on ``eps``."""
 
     lr: float
     eps: float = 1.0
@@ -68,6 +72,7 @@ class Plan:
         rules: one :class:`Rule` for each parameter, in the model's own order.
         readout: qualified name of the layer whose output is the network's.
         base: the network that rates were tuned on, if it was given.
+        residual: the depth rule of a residual network, if it was given.
     """
 
     gamma: float
@@ -79,6 +84,7 @@ class Plan:
     rules: tuple[Rule, ...]
     readout: str | None = None
     base: Base | None = None
+    residual: DepthRule | None = None
 
     def law(self, optimizer: OptimizerFamily = "sgd") -> EtaLaw:
         """The learning-rate law of this model under a family of optimizers."""
@@ -88,19 +94,23 @@ class Plan:
         """Parameter name → factor on the optimizer's ``lr``."""
         return {name: scale.lr for name, scale in self.scales(optimizer).items()}
 
-    def scales(self, optimizer: OptimizerFamily = "sgd") -> dict[str, Scale]:
-        """Parameter name → factors on the optimizer's ``lr`` and ``eps``."""
+    def scales(self, optimizer: OptimizerFamily = "sgd", *, adjust_lr_fn: str | None = None) -> dict[str, Scale]:
+        """Parameter name → factors on the optimizer's ``lr`` and ``eps``; ``adjust_lr_fn`` is Muon's."""
         factor = self.law(optimizer).factor(self.gamma)
-        factors = ((rule.name, self._width_factors(rule, optimizer)) for rule in self.rules)
-        return {name: Scale(width.lr * factor, width.eps / self.gamma) for name, width in factors}
+        scales = {}
+        for rule in self.rules:
+            width = self._width_factors(rule, optimizer, adjust_lr_fn)
+            lr, eps = self.residual.factors(rule.name, optimizer) if self.residual else (1.0, 1.0)
+            scales[rule.name] = Scale(width.lr * factor * lr, width.eps / self.gamma * eps)
+        return scales
 
-    def _width_factors(self, rule: Rule, optimizer: OptimizerFamily) -> Scale:
+    def _width_factors(self, rule: Rule, optimizer: OptimizerFamily, adjust_lr_fn: str | None) -> Scale:
         if self.width is None or (self.parametrization == "as_is" and self.base is None):
             return Scale(1.0)
-        target = _mean_field(rule, self.width, optimizer)
+        target = _mean_field(rule, self.width, optimizer, adjust_lr_fn)
         if self.base is None:
             return target
-        base = _mean_field(self.base.rules[rule.name], self.base.width, optimizer)
+        base = _mean_field(self.base.rules[rule.name], self.base.width, optimizer, adjust_lr_fn)
         return Scale(target.lr / base.lr, target.eps / base.eps)
 
     def table(self, lr: float = 1.0, optimizer: OptimizerFamily = "sgd") -> str:
@@ -117,17 +127,38 @@ class Plan:
             f"γ = {self.gamma:g}, L = {self.depth:.3g}, {self.parametrization}, "
             f"{optimizer} under {self.loss}: s(γ) = {law.factor(self.gamma):.4g}, lr = {lr:g}"
         )
+        if self.residual is not None:
+            m, branch = self.residual.ratio, self.residual.branch
+            blocks = len(self.residual.blocks)
+            head += f"\n{blocks} residual blocks, m = {m:g}, α = {self.residual.alpha:g}: branches × {branch:.4g}"
         return "\n".join([head, *lines])
 
     def __str__(self) -> str:
         return self.table() + "\nRates at lr = 1; the optimizer's effective_lrs() tells them at its own."
 
 
-def _mean_field(rule: Rule, width: float, optimizer: OptimizerFamily) -> Scale:
+def _mean_field(rule: Rule, width: float, optimizer: OptimizerFamily, adjust_lr_fn: str | None) -> Scale:
     """Width factors of one parameter in mean-field form, natural parametrization: the table above."""
     of_readout = rule.role in ("readout weight", "readout bias", "scalar")
-    if optimizer == "adam":
-        return Scale(1.0 / rule.fan_in if rule.fan_in else 1.0, 1.0 if of_readout else 1.0 / width)
+    if optimizer != "sgd":
+        adam = Scale(1.0 / rule.fan_in if rule.fan_in else 1.0, 1.0 if of_readout else 1.0 / width)
+        return adam if optimizer == "adam" else _muon(rule, adam, adjust_lr_fn)
     if rule.scale is not None:
         return Scale(width * rule.scale**2)
     return Scale(1.0 if of_readout else width)
+
+
+def _muon(rule: Rule, adam: Scale, adjust_lr_fn: str | None) -> Scale:
+    """Factors of a matrix whose update is orthogonalised: what its size should be over what torch makes it.
+
+    Everything else has Adam's, for Muons that step the rest by Adam.
+    """
+    if len(rule.shape) < 2 or not (rule.fan_in or rule.role == "embedding"):
+        return adam
+    rows, columns = rule.shape[0], rule.fan_in or math.prod(rule.shape[1:])
+    larger = math.sqrt(max(rows, columns))
+    unclamped = math.sqrt(rows / columns)
+    wanted = larger if rule.role == "embedding" else unclamped
+    given = {"match_rms_adamw": larger, "spectral_unclamped": unclamped}.get(str(adjust_lr_fn), max(1.0, unclamped))
+    # eps is compared with the norm of the whole gradient, Adam's with an entry.
+    return Scale(wanted / given, adam.eps * math.sqrt(rows * columns))

@@ -117,13 +117,21 @@ def probe(model: nn.Module, inputs: Inputs, output: Output | None = None) -> Ten
     output = getattr(model, "_gammaopt_output", output) if output is None else output
     try:
         returned = call(forward, inputs)
+    except UsageError:
+        raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
             f"example inputs of {describe(inputs)} do not fit {type(model).__name__}: {reason}; "
             "give one batch of tensors in the shape and dtype that the model takes"
         ) from error
-    return select(returned, output, model)
+    found = select(returned, output, model)
+    if found.dim() == 0:
+        raise UsageError(
+            f"{type(model).__name__} returns a scalar, not an output for each sample; "
+            "if that is a loss, compute it from the model's output instead, or give output="
+        )
+    return found
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -38,12 +38,12 @@ def register(model: nn.Module) -> None:
 
 
 def version() -> int:
-    """A number that grows when a live model's plan changes: optimizers then look their rates up again."""
+    """A number that grows when a model gets a plan or another one: optimizers then look their rates up again."""
     return _version
 
 
 def changed() -> None:
-    """Note that a live model's plan changed."""
+    """Note that a model got a plan, or another one."""
     global _version
     _version += 1
 

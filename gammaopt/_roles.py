@@ -1,7 +1,9 @@
 """Roles: what each parameter does in its network, read off the module that owns it.
 
 A role and a fan-in are all that width scaling needs to know. A parameter whose role can't be read off its module is
-an error that names it, never a silent factor of 1; ``roles=`` of :func:`gammaopt.wrap` says it then.
+an error that names it where the width matters (``mean_field``, ``base=``), never a silent factor of 1; ``roles=`` of
+:func:`gammaopt.wrap` says it then. A plain ``nn.Parameter`` is read off its name where that tells (bias, gain, scale,
+class token, …).
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ NORMS = (
 LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 # Names that plain parameters have in torch, torchvision, timm and HF: one row per token, added to the stream.
+# One factor for each unit, or a single one: norms' gains, timm's and HF's layer scales, ScaleNorm, logit scales.
+GAINS = ("scale", "gain", "gamma", "beta", "alpha", "lambda", "temperature", "norm")
 TOKENS = ("cls_token", "class_token", "dist_token", "mask_token", "reg_token", "pos_embed", "pos_embedding", "position")
 LOW_RANK = ("lora_A", "lora_B")
 
@@ -130,17 +134,25 @@ def _read_off(name: str, leaf: str, shape: tuple[int, ...], owner: nn.Module, *,
         return Rule(name, shape, "bias", fresh=not leaf.startswith(("bias_k", "bias_v")))
     if isinstance(owner, NORMS) and leaf in ("weight", "bias"):
         return Rule(name, shape, "norm")
-    return _read_off_name(name, leaf, shape)
+    if isinstance(owner, nn.PReLU):
+        return _vector(name, shape, "norm")
+    return _read_off_name(name, leaf, shape, type(owner).__name__.lower())
 
 
-def _read_off_name(name: str, leaf: str, shape: tuple[int, ...]) -> Rule:
-    """A plain ``nn.Parameter`` of a module nobody knows: by its size, and by the names that are usual."""
-    if math.prod(shape) == 1:
-        return Rule(name, shape, "scalar")
+def _read_off_name(name: str, leaf: str, shape: tuple[int, ...], owner: str) -> Rule:
+    """A plain ``nn.Parameter`` of a module nobody knows: by the names that are usual, its own or its module's."""
     if any(token in leaf for token in TOKENS):
-        return Rule(name, shape, "embedding")
+        return _vector(name, shape, "embedding")
     if len(shape) == 2 and any(part in name for part in LOW_RANK):
         return Rule(name, shape, "weight", float(shape[1]))
-    if len(shape) == 1:
-        return Rule(name, shape, "bias" if "bias" in leaf else "norm")
+    if len(shape) <= 1 or math.prod(shape) == 1:
+        if "bias" in leaf:
+            return _vector(name, shape, "bias")
+        if any(part in leaf.lower() for part in GAINS) or "norm" in owner or "scale" in owner:
+            return _vector(name, shape, "norm")
     return Rule(name, shape, "other")
+
+
+def _vector(name: str, shape: tuple[int, ...], role: Role) -> Rule:
+    """One number for each unit, unless it is a single one: that has no width."""
+    return Rule(name, shape, "scalar" if math.prod(shape) == 1 else role)

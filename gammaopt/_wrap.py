@@ -14,22 +14,20 @@ from typing import Literal, TypeVar, cast, get_args
 import torch
 from torch import nn
 
-from gammaopt import _distributed, _registry
+from gammaopt import _distributed, _registry, _residual
 from gammaopt._base import BaseShapes, base_of
 from gammaopt._depth import effective_depth
 from gammaopt._errors import UsageError, one_of, positive
 from gammaopt._knee import knee as measure_knee
-from gammaopt._laws import Loss
+from gammaopt._laws import SMALLEST_FLOAT32_GAMMA, Loss
 from gammaopt._plan import Base, Parametrization, Plan
-from gammaopt._probe import Inputs, Output, probe, probing
+from gammaopt._probe import Inputs, Output, probe, probing, trainable
+from gammaopt._residual import Residual
 from gammaopt._roles import Role, Rule, layers_in_order, rules_for
 from gammaopt._wrapped import Wrapped, wrapped_class
 
 Center = Literal["copy", "zero_readout", "none"]
 Net = TypeVar("Net", bound=nn.Module)
-
-SMALLEST_FLOAT32_GAMMA = 1e-3  # below, float32 loses too much of h − h₀
-LARGEST_ROUNDING = 2.4e-4  # of the output: what float32 loses at that γ
 
 
 def wrap(
@@ -43,6 +41,7 @@ def wrap(
     loss: Loss = "mse",
     knee: float | None = None,
     base: BaseShapes | None = None,
+    residual: Residual | None = None,
     roles: Mapping[str, Role] | None = None,
     output: Output | None = None,
 ) -> Net:
@@ -60,7 +59,8 @@ def wrap(
             layer runs last: without it the readout is the Linear or Conv layer registered last.
         parametrization: ``"as_is"`` keeps initialisation and relative rates. ``"mean_field"`` re-initialises weights,
             embeddings and biases (w ~ N(0, a²), biases 0; a = fan_in^(-1/2), readout 1/fan_in) and sets per-layer
-            rates, so that one ``lr`` serves every width.
+            rates, so that one ``lr`` serves every width. Parameters with ``requires_grad=False`` keep their values:
+            a frozen backbone is a pretrained one.
         center: ``"copy"`` keeps a frozen copy of the network for h(x; θ₀), which doubles its memory and adds a
             forward pass. ``"zero_readout"`` sets the readout to 0 instead, so that h₀ = 0 costs nothing; it needs
             ``example_inputs``. ``"none"`` drops the term: f = h/γ.
@@ -70,6 +70,9 @@ def wrap(
         base: the network that ``lr`` was tuned on, as a module (the meta device will do), a mapping of parameter
             shapes, or the path of a ``mup`` ``.bsh`` file: rates and the readout's initialisation are then scaled
             from its widths to those of ``net``. Goes with ``"as_is"``.
+        residual: the depth rule for a residual network, relative to the number of blocks that ``lr`` was tuned with:
+            a :class:`gammaopt.Residual` names the blocks. Their branches are then multiplied by m^(-α) in h. Goes
+            with every ``parametrization`` and needs ``example_inputs``.
         roles: parameter name → role, for parameters that the modules don't tell: ``"weight"``, ``"bias"``, ``"norm"``,
             ``"embedding"`` (one row per token), ``"scalar"``.
         output: which part of what ``net`` returns is h, if that is not one tensor: an entry's name or position, where
@@ -101,6 +104,7 @@ def wrap(
         raise UsageError("center='zero_readout' needs example_inputs= to see that the output is 0")
     if base is not None and parametrization != "as_is":
         raise UsageError(f"base= goes with parametrization='as_is', not with {parametrization!r}; drop one of them")
+    depth_rule = None if residual is None else _depth_rule(net, residual, example_inputs, output)
 
     readout = _readout(net, example_inputs, output)
     rules = rules_for(net, readout, overrides=roles)
@@ -108,6 +112,8 @@ def wrap(
     if parametrization == "mean_field" or base is not None:
         _check_rules(net, rules)
     start = copy.deepcopy(net)
+    if depth_rule is not None:
+        _residual.attach(start, depth_rule)
     if parametrization == "mean_field":
         _initialise(start, rules)
     if reference_base is not None:
@@ -123,7 +129,7 @@ def wrap(
     if center == "zero_readout":
         _zero_readout(start, readout, cast("Inputs", example_inputs), output)
     width = next((rule.fan_in for rule in rules if rule.role == "readout weight"), None)
-    plan = Plan(gamma, depth, loss, knee, parametrization, width, rules, readout, reference_base)
+    plan = Plan(gamma, depth, loss, knee, parametrization, width, rules, readout, reference_base, depth_rule)
     if center == "copy":
         _warn_if_imprecise(net, gamma)
 
@@ -132,12 +138,15 @@ def wrap(
         for target, source in zip(net.parameters(), start.parameters(), strict=True):
             if not target.is_meta:
                 target.copy_(source)
+    if depth_rule is not None:
+        _residual.attach(net, depth_rule)
     net.__class__ = wrapped_class(type(net))  # type: ignore[assignment]
     # Not through nn.Module.__setattr__, which would make the copy a submodule and list its parameters as trainable.
     net.__dict__.update(
         gammaopt=plan, _gammaopt_reference=_freeze(start) if center == "copy" else None, _gammaopt_output=output
     )
     _registry.register(net)
+    _registry.changed()  # an optimizer that holds these parameters already must see that
     _distributed.watch_ddp()
     return net
 
@@ -148,7 +157,10 @@ def _rounded(measured: float) -> float:
 
 
 def unwrap(model: Net) -> Net:
-    """Give a wrapped model its own class back: the plain h(x; θ), with the parameters it has now.
+    """Give a wrapped model its own class back: the plain network, with the parameters it has now.
+
+    All that :func:`wrap` added is gone, the factor of a ``residual=`` rule on the branches included: a network trained
+    at m ≠ 1 computes something else without it. :func:`fold` keeps the function instead.
 
     Raises:
         UsageError: if ``model`` is not wrapped.
@@ -164,6 +176,7 @@ def unwrap(model: Net) -> Net:
     base = type(model)._gammaopt_base
     for name in [name for name in vars(model) if name == "gammaopt" or name.startswith("_gammaopt_")]:
         del model.__dict__[name]
+    _residual.detach(model)
     model.__class__ = base  # type: ignore[assignment]
     return model
 
@@ -171,7 +184,8 @@ def unwrap(model: Net) -> Net:
 def fold(model: Net, example_inputs: Inputs) -> Net:
     """Unwrap a trained model into a plain network that computes f: 1/γ goes into the readout's weight and bias.
 
-    Exact where f = h/γ, that is without a frozen copy, and where the output is linear in the readout.
+    Exact where f = h/γ, that is without a frozen copy, and where the output is linear in the readout. The factor of a
+    ``residual=`` rule goes into the last layer of each branch, where the branch is linear in that.
 
     Args:
         model: a model wrapped with ``center="zero_readout"`` or ``"none"``.
@@ -181,8 +195,8 @@ def fold(model: Net, example_inputs: Inputs) -> Net:
         ``model``, unwrapped.
 
     Raises:
-        UsageError: if ``model`` is not wrapped, has a frozen copy, or its output is not linear in its readout. The
-            model is then unchanged.
+        UsageError: if ``model`` is not wrapped, has a frozen copy, or its output is not linear in its readout or a
+            branch not in its last layer. The model is then unchanged.
     """
     if not isinstance(model, Wrapped):
         raise UsageError(f"this {type(model).__name__} is not wrapped; nothing to fold")
@@ -191,22 +205,56 @@ def fold(model: Net, example_inputs: Inputs) -> Net:
     plan, output = model.gammaopt, model._gammaopt_output
     if plan.readout is None:
         raise UsageError(f"{type(model).__name__} has no Linear or Conv readout to fold 1/γ into")
+    scales = {plan.readout: 1.0 / plan.gamma}
+    if plan.residual is not None and plan.residual.branch != 1:
+        scales |= _branch_scales(model, plan, example_inputs, scales)
     trial = copy.deepcopy(model)
-    layer = trial.get_submodule(plan.readout)
     with torch.no_grad(), probing(model), probing(trial):
         expected = probe(model, example_inputs, output) / plan.gamma
-        for parameter in layer.parameters():
-            parameter.div_(plan.gamma)
+        _bake(trial, scales)
         folded = probe(trial, example_inputs, output)
     scale = max(float(expected.abs().max()), torch.finfo(expected.dtype).tiny)
     if not float((folded - expected).abs().max()) <= 1e3 * torch.finfo(expected.dtype).eps * scale:
+        branches = " and its branches in their last layers" if len(scales) > 1 else ""
         raise UsageError(
-            f"the output of {type(model).__name__} is not linear in its readout {plan.readout!r}; keep it wrapped"
+            f"the output of {type(model).__name__} is not linear in its readout {plan.readout!r}{branches}; "
+            "keep it wrapped"
         )
-    with torch.no_grad():
-        for parameter in model.get_submodule(plan.readout).parameters():
-            parameter.div_(plan.gamma)
+    _bake(model, scales)
     return unwrap(model)
+
+
+def _branch_scales(model: nn.Module, plan: Plan, inputs: Inputs, taken: Mapping[str, float]) -> dict[str, float]:
+    """Layer → factor m^(−α) to bake into it, one layer for each branch."""
+    assert plan.residual is not None
+    layers = _residual.last_layers(model, plan.residual, inputs, None)
+    for branch in plan.residual.branches:
+        if branch not in layers:
+            raise UsageError(f"branch {branch!r} has no parameters to take its factor m^(−α); keep the model wrapped")
+        if layers[branch] in taken:
+            raise UsageError(f"branch {branch!r} ends in the readout {layers[branch]!r}; keep the model wrapped")
+    return dict.fromkeys(layers.values(), plan.residual.branch)
+
+
+@torch.no_grad()
+def _bake(model: nn.Module, scales: Mapping[str, float]) -> None:
+    """Multiply each layer's own parameters by its factor, and take the factors off the branches."""
+    for name, scale in scales.items():
+        for parameter in model.get_submodule(name).parameters():
+            parameter.mul_(scale)
+    _residual.detach(model)
+
+
+def _depth_rule(
+    net: nn.Module, residual: Residual, inputs: Inputs | None, output: Output | None
+) -> _residual.DepthRule:
+    if not isinstance(residual, Residual):
+        raise UsageError(f"residual is a {type(residual).__name__}; give gammaopt.Residual(blocks=…, base_depth=…)")
+    rule = _residual.resolve(net, residual)
+    if inputs is None:
+        raise UsageError("residual= needs example_inputs= to see that every branch is called")
+    _residual.check_branches(net, rule, inputs, output)
+    return rule
 
 
 def _check_net(net: nn.Module) -> None:
@@ -217,8 +265,15 @@ def _check_net(net: nn.Module) -> None:
         raise UsageError(f"{name} is a TorchScript module, whose class can't change; wrap the Python module instead")
     if isinstance(net, Wrapped):
         raise UsageError(f"this {name} is already wrapped with γ = {net.gammaopt.gamma:g}; call gammaopt.unwrap first")
+    for part, module in net.named_modules():
+        if isinstance(module, Wrapped):
+            raise UsageError(
+                f"part {part!r} of this {name} is already wrapped with γ = {module.gammaopt.gamma:g}; "
+                "call gammaopt.unwrap on it first"
+            )
     if not any(parameter.requires_grad for parameter in net.parameters()):
-        raise UsageError(f"{name} has no trainable parameters; there is nothing to train")
+        why = "; call requires_grad_(True) on some" if any(True for _ in net.parameters()) else ""
+        raise UsageError(f"{name} has no trainable parameters: there is nothing to train{why}")
     if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or name.startswith("FSDP"):
         raise UsageError(f"net is prepared for several processes already; wrap it before it becomes a {name}")
     if "forward" in vars(net):
@@ -273,29 +328,34 @@ def _check_rules(net: nn.Module, rules: tuple[Rule, ...]) -> None:
 
 def _initialise(net: nn.Module, rules: tuple[Rule, ...]) -> None:
     """Draw mean-field weights w ~ N(0, a²) and set biases to 0, from torch's global random state."""
-    parameters = dict(net.named_parameters())
+    parameters = trainable(net)
     with torch.no_grad():
         for rule in rules:
-            if rule.fresh and rule.scale is not None:
+            if not rule.fresh or rule.name not in parameters:
+                continue
+            if rule.scale is not None:
                 parameters[rule.name].normal_(0.0, rule.scale)
-            elif rule.fresh:
+            else:
                 parameters[rule.name].zero_()
 
 
 def _scale_readout(net: nn.Module, rules: tuple[Rule, ...], base: Base) -> None:
     """std of the readout ∝ 1/fan_in from the base on: torch's own initialisation makes it fan_in^(-1/2)."""
-    parameters = dict(net.named_parameters())
+    parameters = trainable(net)
     with torch.no_grad():
         for rule in rules:
-            if rule.role == "readout weight" and rule.fan_in:
+            if rule.role == "readout weight" and rule.fan_in and rule.name in parameters:
                 parameters[rule.name].mul_((base.width / rule.fan_in) ** 0.5)
 
 
 def _zero_readout(net: nn.Module, readout: str | None, inputs: Inputs, output: Output | None) -> None:
     if readout is None:
         raise UsageError(f"{type(net).__name__} has no Linear or Conv readout to set to 0; use center='copy'")
+    layer = net.get_submodule(readout)
+    if not any(parameter.requires_grad for parameter in layer.parameters()):
+        raise UsageError(f"readout {readout!r} is frozen and would stay at 0; use center='copy'")
     with torch.no_grad():
-        for parameter in net.get_submodule(readout).parameters():
+        for parameter in layer.parameters():
             parameter.zero_()
         with probing(net):
             largest = float(probe(net, inputs, output).abs().max())
@@ -307,11 +367,14 @@ def _zero_readout(net: nn.Module, readout: str | None, inputs: Inputs, output: O
 
 
 def _freeze(start: nn.Module) -> nn.Module:
-    """θ₀'s copy: no gradients, and batch statistics that are used but never accumulated."""
+    """θ₀'s copy: no gradients, and batch statistics that are used but never accumulated nor counted."""
     start.requires_grad_(False)
     for module in start.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = 0.0
+            # In training the batch's statistics, in evaluation the running ones, as ever: those are there.
+            module.track_running_stats = False
+        elif isinstance(module, nn.modules.instancenorm._InstanceNorm):
+            module.momentum = 0.0  # there the flag would also choose the statistics of evaluation
     return start
 
 
@@ -322,7 +385,7 @@ def _warn_if_imprecise(net: nn.Module, gamma: float) -> None:
         return
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     loss = 2 * torch.finfo(coarsest).eps / gamma
-    if loss > LARGEST_ROUNDING:
+    if loss > 2 * torch.finfo(torch.float32).eps / SMALLEST_FLOAT32_GAMMA:
         dtype = str(coarsest).removeprefix("torch.")
         warnings.warn(
             f"gamma={gamma:g} in {dtype}: centring loses about {loss:.1e} of the output; "

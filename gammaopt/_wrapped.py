@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from gammaopt import _distributed, _registry
-from gammaopt._errors import UsageError
+from gammaopt._errors import CheckpointError, UsageError
 from gammaopt._plan import Plan
 from gammaopt._probe import Output, replaced, select
 
 THETA0 = "gammaopt_theta0."
-PLAN = "gammaopt_plan"  # γ, depth and knee: rates must be the same after a restart
+PLAN = "gammaopt_plan"  # γ, depth, knee, m and α: function and rates must be the same after a restart
 
 
 class Wrapped(nn.Module):
@@ -57,7 +57,13 @@ class Wrapped(nn.Module):
                 start = select(reference(*args, **kwargs), output, self)
             rewind()
             returned = self._gammaopt_forward(*args, **kwargs)
-        return replaced(returned, output, (select(returned, output, self) - start) / gamma)
+        h = select(returned, output, self)
+        if h.shape != start.shape:  # they might broadcast
+            raise UsageError(
+                f"the output of {type(self).__name__} has shape {tuple(h.shape)} and had {tuple(start.shape)} when it "
+                "was wrapped; call gammaopt.unwrap on the model and wrap it again"
+            )
+        return replaced(returned, output, (h - start) / gamma)
 
     def train(self, mode: bool = True) -> Any:
         if self._gammaopt_reference is not None:
@@ -81,9 +87,12 @@ class Wrapped(nn.Module):
 
     @property
     def gammaopt_plan(self) -> Tensor:
-        """γ, depth and knee as in ``state_dict()``; may be set, as ``functional_call`` does, at the same γ."""
+        """γ, depth, knee, and the depth rule's m and α, as in ``state_dict()``.
+
+        May be set, as ``functional_call`` does, at the same γ.
+        """
         plan = self.gammaopt
-        return torch.tensor([plan.gamma, plan.depth, plan.knee], dtype=torch.float64)
+        return torch.tensor([plan.gamma, plan.depth, plan.knee, *_depth_rule(plan)], dtype=torch.float64)
 
     @gammaopt_plan.setter
     def gammaopt_plan(self, value: Tensor) -> None:
@@ -116,6 +125,46 @@ class Wrapped(nn.Module):
             for name, tensor in self._gammaopt_reference.state_dict(keep_vars=keep_vars).items():
                 destination[f"{prefix}{THETA0}{name}"] = tensor
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As torch's; what does not fit is first said in one line.
+
+        Raises:
+            CheckpointError: a ``RuntimeError`` as torch's own, for a checkpoint of a plain network, or of one at
+                another γ, depth or width.
+        """
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        except RuntimeError as error:
+            raise CheckpointError("\n".join([*self._misfit(state_dict), str(error)])) from None
+
+    def _misfit(self, saved: Mapping[str, Any]) -> list[str]:
+        """In one line why a checkpoint does not fit, if that is plain to see."""
+        here = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
+        there = {name: tuple(tensor.shape) for name, tensor in saved.items() if isinstance(tensor, Tensor)}
+        if not here.keys() & there.keys():  # all names differ: a prefix, or another network
+            return []
+        modules = {name for name, _ in self.named_modules()}
+        ours = (PLAN, THETA0)
+        for name in [*here, *(name for name in there if not name.startswith(ours))]:
+            if name not in there or (name not in here and name.rpartition(".")[0] not in modules):
+                has, lacks = ("model", "checkpoint") if name in here else ("checkpoint", "model")
+                return [
+                    f"the checkpoint was saved at another depth: {name!r} of the {has} is not in the {lacks}; "
+                    "build the net with the checkpoint's layers"
+                ]
+        for name in here:
+            if here[name] != there[name]:
+                return [
+                    f"the checkpoint was saved at another width: {name!r} is {there[name]} there and {here[name]} "
+                    "here; build the net at the checkpoint's width"
+                ]
+        if PLAN not in saved and self._gammaopt_reference is not None:
+            return [
+                f"the checkpoint is of a plain network, without {PLAN!r} and θ₀; "
+                "load it into the net before gammaopt.wrap"
+            ]
+        return []
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -136,8 +185,7 @@ class Wrapped(nn.Module):
         state_dict.update(theta0)
         if saved is not None:
             state_dict[prefix + PLAN] = saved
-            gamma, depth, knee = saved.tolist()
-            self._adopt(gamma, depth, knee, error_msgs)
+            self._adopt(saved.tolist(), error_msgs)
         ours = {name.removeprefix(start): tensor for name, tensor in theta0.items()}
         if self._gammaopt_reference is None:
             unexpected_keys.extend(start + name for name in ours)
@@ -155,12 +203,20 @@ class Wrapped(nn.Module):
         missing_keys.extend(start + name for name in keys.missing_keys)
         unexpected_keys.extend(start + name for name in keys.unexpected_keys)
 
-    def _adopt(self, gamma: float, depth: float, knee: float, error_msgs: list[str]) -> None:
+    def _adopt(self, saved: list[float], error_msgs: list[str]) -> None:
         """Take depth and knee from a checkpoint: measured anew on another draw they would give other rates."""
+        gamma, depth, knee, ratio, alpha = saved
         if gamma != self.gammaopt.gamma:
             error_msgs.append(
                 f"the checkpoint was saved at γ = {gamma:g} and this model is wrapped with "
                 f"γ = {self.gammaopt.gamma:g}; wrap the net with the checkpoint's γ"
+            )
+            return
+        if (ratio, alpha) != _depth_rule(self.gammaopt):
+            here = _depth_rule(self.gammaopt)
+            error_msgs.append(
+                f"the checkpoint was saved under a depth rule with m = {ratio:g}, α = {alpha:g} and this model has "
+                f"m = {here[0]:g}, α = {here[1]:g}; wrap the net with the checkpoint's residual="
             )
             return
         self.__dict__["gammaopt"] = dataclasses.replace(self.gammaopt, depth=depth, knee=knee)
@@ -174,6 +230,13 @@ class Wrapped(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The wrapped class is made at run time and can't be found by name: rebuild it from the class it wraps.
         return _blank, (type(self)._gammaopt_base,), *super().__reduce_ex__(protocol)[2:]
+
+
+def _depth_rule(plan: Plan) -> tuple[float, float]:
+    """m and α; (1, 1) where no rule changes anything."""
+    if plan.residual is None or plan.residual.ratio == 1:
+        return 1.0, 1.0
+    return plan.residual.ratio, plan.residual.alpha
 
 
 def _on_meta(module: nn.Module) -> bool:

@@ -67,6 +67,10 @@ def test_zero_readout_is_refused_where_the_output_does_not_vanish_and_where_nobo
     ):
         wrap(net, 1.0, example_inputs=X, center="zero_readout")
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    frozen = mlp()
+    frozen[-1].requires_grad_(False)
+    with pytest.raises(UsageError, match=r"readout '5' is frozen and would stay at 0; use center='copy'"):
+        wrap(frozen, 1.0, example_inputs=X, center="zero_readout")
     with pytest.raises(UsageError, match="center='zero_readout' needs example_inputs="):
         wrap(mlp(), 1.0, depth=3, center="zero_readout")
 

@@ -29,6 +29,7 @@ def slope(law: EtaLaw, low: float, high: float) -> float:
         ("sgd", "cross_entropy", 1.0, 2.0),
         ("adam", "mse", 1.0, 1.0),
         ("adam", "cross_entropy", 1.0, 1.0),
+        ("muon", "mse", 1.0, 1.0),
     ],
 )
 def test_exponents_are_those_of_the_table(

@@ -100,6 +100,79 @@ def test_unknown_parameter_is_refused_under_mean_field_with_its_name_and_the_fix
     assert torch.equal(net.state_dict()["1.weight"], before)
 
 
+class Gains(nn.Module):
+    """Plain parameters as timm's LayerScale, HF's norms and others have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_scale = LayerScale(4)
+        self.rms = LlamaRMSNorm(4)
+        self.slope = nn.PReLU(4)
+        self.logit_scale, self.logit_bias = nn.Parameter(torch.ones([])), nn.Parameter(torch.ones(1))
+        self.q_bias, self.beta = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+        self.head = nn.Linear(4, 2)
+
+
+class LayerScale(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma, self.lambda1 = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
+
+
+class LlamaRMSNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+
+def test_a_plain_parameter_is_read_off_its_name_where_that_tells() -> None:
+    plan = plan_of(wrap(Gains(), 1.0, depth=1, parametrization="mean_field"))
+    assert {rule.name: rule.role for rule in plan.rules if "head" not in rule.name} == {
+        "layer_scale.gamma": "norm",
+        "layer_scale.lambda1": "norm",
+        "rms.weight": "norm",
+        "slope.weight": "norm",
+        "logit_scale": "scalar",
+        "logit_bias": "scalar",
+        "q_bias": "bias",
+        "beta": "norm",
+    }
+
+
+@pytest.mark.parametrize("shape", [(4,), (1,), (), (1, 1, 1)])
+def test_a_small_parameter_whose_name_tells_nothing_is_refused_where_width_matters(shape: tuple[int, ...]) -> None:
+    def build() -> nn.Module:
+        net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        net.register_parameter("w", nn.Parameter(torch.ones(shape)))
+        return net
+
+    message = r"parameter 'w' \(.*\) of Sequential has no known scaling .* roles=\{'w': …\}"
+    with pytest.raises(UsageError, match=message):
+        wrap(build(), 1.0, depth=2, parametrization="mean_field")
+    with pytest.raises(UsageError, match=message):
+        wrap(build(), 1.0, depth=2, base=build())
+    assert plan_of(wrap(build(), 4.0, depth=2)).multipliers()["w"] == 4
+    stated = plan_of(wrap(build(), 1.0, depth=2, parametrization="mean_field", roles={"w": "norm"}))
+    assert stated.multipliers()["w"] == 4
+
+
+def test_frozen_parameters_keep_their_values() -> None:
+    """A pretrained backbone is not drawn anew, nor is a frozen readout scaled."""
+
+    def build(width: int = 8) -> MLP:
+        net = MLP(5, 2, width=width, depth=3, bias=True)
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(not name.startswith(("1.", "5.")))
+        return net
+
+    for options in ({"parametrization": "mean_field"}, {"base": build(4)}):
+        net = build()
+        before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+        wrap(net, 1.0, depth=3, **options)
+        changed = {name for name, parameter in net.named_parameters() if not torch.equal(parameter, before[name])}
+        assert changed == ({"3.weight", "3.bias"} if "base" not in options else set())
+
+
 def test_table_shows_each_parameter_with_its_effective_rate() -> None:
     plan = plan_of(wrap(MLP(20, 3, width=16, depth=2), 4.0, depth=2, parametrization="mean_field"))
     lines = plan.table(lr=0.5).splitlines()

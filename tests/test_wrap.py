@@ -8,6 +8,7 @@ import io
 import pickle
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -171,15 +172,33 @@ def test_theta_zero_moves_and_casts_with_the_model() -> None:
     assert model.to("meta")(x.double().to("meta")).device.type == "meta"
 
 
-def test_frozen_copy_keeps_its_running_statistics() -> None:
+@pytest.mark.parametrize("instance", [False, True])
+def test_frozen_copy_keeps_its_running_statistics(instance: bool) -> None:
     net, x = make("conv")
+    if instance:
+        net.norm = nn.InstanceNorm2d(6, track_running_stats=True)
     model = wrap(net, 1.0, example_inputs=x)
-    before = {name: value.clone() for name, value in model.state_dict().items() if "running" in name}
+    kept = ("running", "num_batches")
+    before = {name: value.clone() for name, value in model.state_dict().items() if any(key in name for key in kept)}
     for _ in range(3):
         model(2 * x + 1)
     after = model.state_dict()
-    assert all(torch.equal(value, after[name]) for name, value in before.items() if "theta0" in name)
-    assert not any(torch.equal(value, after[name]) for name, value in before.items() if "theta0" not in name)
+    assert len(before) == 6
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    # InstanceNorm of torch never counts.
+    counted = [] if instance else ["norm.num_batches_tracked"]
+    assert moved == {"norm.running_mean", "norm.running_var", *counted}
+
+
+def test_frozen_copy_uses_the_batchs_statistics_in_training_and_the_running_ones_after() -> None:
+    net, x = make("conv")
+    net.drop = nn.Identity()
+    plain = copy.deepcopy(net)
+    model = wrap(net, 1.0, example_inputs=x, depth=2, knee=1.0)
+    reference: Any = model.gammaopt_theta0
+    for mode in (True, False):
+        model.train(mode)
+        assert torch.equal(reference(x), copy.deepcopy(plain).train(mode)(x))
 
 
 def test_random_state_advances_as_for_the_plain_network() -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gammaopt._errors import UsageError, at_least, positive
-from gammaopt._wrap import SMALLEST_FLOAT32_GAMMA
+from gammaopt._laws import SMALLEST_FLOAT32_GAMMA
 from gammaopt.online._checkpoint import Scores, restore, save
 from gammaopt.online._stack import Seeds, Stack, Traces, check_forward
 from gammaopt.online.record import RunRecord

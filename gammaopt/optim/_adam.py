@@ -1,7 +1,9 @@
 r"""Adam and AdamW with γ-aware rates: torch's own, stepped with lr·m and eps·e on each parameter.
 
 eps is compared with the gradient, so it scales with the gradient's size: e ∝ 1/γ, and 1/N in mean-field form; then
-the update is the same at every γ and width. Weight decay is divided by m, so lr·weight_decay stays what the user set.
+the update is the same at every γ and width. Decoupled weight decay is divided by m, so lr·weight_decay stays what the
+user set. Coupled (L2) decay is another thing: λ·w is added to the gradient and goes through the normalisation with it,
+so only its ratio to the gradient counts, and no rate does: λ·e keeps that ratio, as it keeps eps's.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
 from gammaopt._laws import Loss, OptimizerFamily
+from gammaopt._plan import Scale
 from gammaopt.optim._multipliers import GroupScales, Multipliers, dense, plain, wants_foreach
 
 
@@ -48,7 +51,7 @@ class _AdamStep(Multipliers):
                 beta2=beta2,
                 # lr is never changed in place: a tensor lr is shared with the scheduler.
                 lr=group["lr"] * scale.lr,
-                weight_decay=group["weight_decay"] / scale.lr,
+                weight_decay=_decay(group, scale),
                 eps=group["eps"] * scale.eps,
                 maximize=group["maximize"],
                 foreach=group["foreach"],
@@ -84,6 +87,12 @@ class _AdamStep(Multipliers):
         return True
 
 
+def _decay(group: dict[str, Any], scale: Scale) -> Any:
+    """The weight decay of one bucket."""
+    decay = group["weight_decay"]
+    return decay / scale.lr if group["decoupled_weight_decay"] else decay * scale.eps
+
+
 def _fused(group: dict[str, Any], scales: GroupScales, *tensors: list[Tensor]) -> None:
     parameters, gradients, exp_avgs, exp_avg_sqs, steps = tensors
     kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
@@ -99,7 +108,7 @@ def _fused(group: dict[str, Any], scales: GroupScales, *tensors: list[Tensor]) -
             lr=group["lr"] * scale.lr,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            weight_decay=group["weight_decay"] / scale.lr,
+            weight_decay=_decay(group, scale),
             eps=group["eps"] * scale.eps,
             amsgrad=False,
             maximize=False,
@@ -117,7 +126,7 @@ def _for_loop(group: dict[str, Any], scales: GroupScales, *tensors: list[Tensor]
         if decay != 0 and decoupled:
             parameter.mul_(1 - group["lr"] * decay)
         elif decay != 0:
-            update = gradient.add(parameter, alpha=decay / scale.lr)
+            update = gradient.add(parameter, alpha=decay * scale.eps)
         exp_avg.lerp_(update, 1 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(update, update, value=1 - beta2)
         root = (exp_avg_sq.sqrt() / (1 - beta2**count) ** 0.5).add_(group["eps"] * scale.eps)
@@ -132,7 +141,10 @@ class Adam(_AdamStep, torch.optim.Adam):
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, differentiable, fused,
-        decoupled_weight_decay: as in ``torch.optim.Adam``, in the same order. ``lr`` must be > 0 here.
+        decoupled_weight_decay: as in ``torch.optim.Adam``, in the same order. ``lr`` must be > 0 here. Without
+            ``decoupled_weight_decay`` the term weight_decay·w is part of the gradient, and is scaled by the same
+            factor as ``eps`` (1/γ, and 1/N in mean-field form): the balance of loss and decay in Adam's normalised
+            update is then the same at every γ and width. With it, each step shrinks a weight by lr·weight_decay.
         gamma, depth, loss, knee: as in :class:`gammaopt.SGD`.
 
     Raises:

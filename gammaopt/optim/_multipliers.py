@@ -19,7 +19,7 @@ from torch.optim.optimizer import _default_to_fused_or_foreach, _use_grad_for_di
 from gammaopt import _registry
 from gammaopt._errors import UsageError, positive
 from gammaopt._laws import EtaLaw, Loss, OptimizerFamily
-from gammaopt._plan import Scale
+from gammaopt._plan import Plan, Scale
 
 Buckets = list[tuple[Scale, list[int]]]
 
@@ -100,7 +100,15 @@ class Multipliers(Optimizer):
         start = sum(len(group.scales) for group in self._scales)
         if self._law is not None:
             return self._from_law(parameters, start)
-        return _owned(parameters, self._family, start)
+        return self._owned(self.param_groups[-1], start)
+
+    def _owned(self, group: dict[str, Any], start: int = 0) -> GroupScales:
+        scales, names = owned_scales(group["params"], lambda plan: self._plan_scales(plan, group), start)
+        return GroupScales(tuple(scales), tuple(names))
+
+    def _plan_scales(self, plan: Plan, group: dict[str, Any]) -> dict[str, Scale]:
+        """Parameter name → scale, for a model of this plan under this group's settings."""
+        return plan.scales(self._family)
 
     def _from_law(self, parameters: list[Tensor], start: int) -> GroupScales:
         assert self._law is not None
@@ -115,12 +123,15 @@ class Multipliers(Optimizer):
         return GroupScales((Scale(law.factor(gamma), 1.0 / gamma),) * len(parameters), names)
 
     def _look_up_again(self) -> None:
-        """Take the scales anew if a live plan changed: a checkpoint brings the depth and knee it was trained with."""
+        """Take the scales anew if a plan changed: by wrapping again, or by a checkpoint, which has its own."""
         if self._version == _registry.version():
             return
+        if self._law is not None:
+            for group in self.param_groups:
+                self._from_law(group["params"], 0)  # refuses what a model that was wrapped since has taken
+        elif all(all(_registry.owners(group["params"])) for group in self.param_groups):
+            self._scales = [self._owned(group) for group in self.param_groups]
         self._version = _registry.version()
-        if self._law is None and all(all(_registry.owners(group["params"])) for group in self.param_groups):
-            self._scales = [_owned(group["params"], self._family) for group in self.param_groups]
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {"_scales": self._scales, "_law": self._law}
@@ -138,6 +149,9 @@ class Multipliers(Optimizer):
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; with ``closure``, after evaluating it. Returns the closure's loss, or ``None``."""
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         self._before_step()
         loss = None
         if closure is not None:
@@ -204,12 +218,9 @@ def wants_foreach(group: dict[str, Any]) -> bool:
     return bool(group["foreach"])
 
 
-def _owned(parameters: list[Tensor], family: OptimizerFamily, start: int = 0) -> GroupScales:
-    scales, names = owned_scales(parameters, family, start)
-    return GroupScales(tuple(scales), tuple(names))
-
-
-def owned_scales(parameters: list[Tensor], family: OptimizerFamily, start: int = 0) -> tuple[list[Scale], list[str]]:
+def owned_scales(
+    parameters: list[Tensor], scales_of: Callable[[Plan], dict[str, Scale]], start: int = 0
+) -> tuple[list[Scale], list[str]]:
     """Scale and name of each parameter, from the wrapped model that holds it.
 
     Raises:
@@ -224,7 +235,7 @@ def owned_scales(parameters: list[Tensor], family: OptimizerFamily, start: int =
                 "call gammaopt.wrap(net, gamma=…) first, or give gamma= and depth= to the optimizer"
             )
         if id(owner.plan) not in tables:
-            tables[id(owner.plan)] = owner.plan.scales(family)
+            tables[id(owner.plan)] = scales_of(owner.plan)
         scales.append(tables[id(owner.plan)][owner.name])
         names.append(owner.name)
     return scales, names

@@ -1,6 +1,6 @@
 r"""Baked parameter groups, for optimizers that gammaopt does not have: one group per distinct multiplier m.
 
-    group:  lr·m,  weight_decay/m,  eps·e
+    group:  lr·m,  weight_decay/m (weight_decay·e where Adam couples it),  eps·e
 
 The optimizer then needs to know nothing of γ. What is baked in is fixed: a scheduler that writes absolute rates into
 the groups (OneCycleLR, CyclicLR, a minimum rate) flattens it, where :class:`gammaopt.SGD` would not.
@@ -26,10 +26,11 @@ def param_groups(
     optimizer: OptimizerFamily = "sgd",
     weight_decay: float | None = None,
     eps: float | None = None,
+    coupled: bool = False,
 ) -> list[dict[str, Any]]:
     r"""Parameter groups of a wrapped model at the rates that :class:`gammaopt.SGD` or ``Adam`` would use.
 
-    For any other optimizer that takes groups: schedule-free ones, Lion, ``torch.optim.Muon``, DeepSpeed's. Use
+    For any other optimizer that takes groups: schedule-free ones, Lion, another Muon, DeepSpeed's. Use
     schedulers that multiply rates (``LambdaLR``, ``StepLR``, ``CosineAnnealingLR`` down to 0); absolute ones need a
     list with one value per group.
 
@@ -37,9 +38,13 @@ def param_groups(
         model: a model wrapped by :func:`gammaopt.wrap`, or one that holds such models.
         lr: the rate tuned at γ = 1.
         optimizer: family of the update. ``"sgd"``: the step is proportional to the gradient. ``"adam"``: it does not
-            depend on the gradient's size, as in Adam, Lion (signs) and Muon (orthogonalised).
+            depend on the gradient's size, as in Adam and Lion. ``"muon"``: matrices are stepped by an orthogonalised
+            update times √max(1, rows/columns), and the rest by Adam.
         weight_decay: if given, each group gets weight_decay/m, so that lr·weight_decay stays what it is here.
             Without it the optimizer's own default is used, undivided.
+        coupled: whether an optimizer of the families ``"adam"`` and ``"muon"`` adds weight_decay·w to the gradient, as
+            ``torch.optim.Adam`` and ``RAdam`` do by default. weight_decay is then scaled like ``eps``, see
+            :class:`gammaopt.Adam`. In SGD that is the same thing as decoupled decay.
         eps: if given, each group gets eps times the factor of the gradient's size; for optimizers like Adam.
 
     Returns:
@@ -71,12 +76,13 @@ def param_groups(
 
     groups: dict[Scale, dict[str, Any]] = {}
     for parameter, scale in zip(model.parameters(), _scales(model, optimizer), strict=True):
-        # Without eps its factor must not split a group.
-        key = scale if eps is not None else Scale(scale.lr)
+        by_size = coupled and optimizer != "sgd" and weight_decay is not None
+        # Where nothing follows the gradient's size, its factor must not split a group.
+        key = scale if eps is not None or by_size else Scale(scale.lr)
         if key not in groups:
             groups[key] = {"params": [], "lr": lr * scale.lr}
             if weight_decay is not None:
-                groups[key]["weight_decay"] = weight_decay / scale.lr
+                groups[key]["weight_decay"] = weight_decay * scale.eps if by_size else weight_decay / scale.lr
             if eps is not None:
                 groups[key]["eps"] = eps * scale.eps
         groups[key]["params"].append(parameter)
@@ -93,4 +99,4 @@ def _scales(model: nn.Module, family: OptimizerFamily) -> list[Scale]:
             f"parameter {orphans[0]!r} {tuple(named[orphans[0]].shape)} of this {type(model).__name__} "
             "belongs to no wrapped model; call gammaopt.wrap(net, gamma=…) on the whole of it"
         )
-    return owned_scales([*named.values()], family)[0]
+    return owned_scales([*named.values()], lambda plan: plan.scales(family))[0]

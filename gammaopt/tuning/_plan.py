@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from gammaopt._errors import UsageError, at_least, one_of, positive
-from gammaopt._laws import EtaLaw
+from gammaopt._laws import SMALLEST_FLOAT32_GAMMA, EtaLaw
 from gammaopt.online.tasks import Task, get_task
 from gammaopt.online.train import FAMILIES, OPTIMIZERS, Recipe
 
 LAW_VERSION = 1  # of the formulas behind η*(γ): a study made under other formulas is another study
-SMALLEST_FLOAT32_GAMMA = 1e-3  # wrap warns below
 CONFIRM_OFFSET = 500_000  # distance between tuning and confirmation seeds
 
 

@@ -55,6 +55,99 @@ def test_optimizer_before_wrap() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_an_optimizer_of_its_own_law_is_told_when_its_parameters_are_wrapped_after() -> None:
+    net = Net()
+    optimizer = gammaopt.SGD(net.parameters(), lr=0.1, gamma=2.0, depth=2)
+    wrap(net, 3.0, depth=2)
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"'body.weight' belongs to a model wrapped with γ = 3, but gamma=2 was"):
+            optimizer.step()
+
+
+def test_an_optimizer_follows_its_model_when_that_is_wrapped_again() -> None:
+    model = wrap(Net(), 2.0, depth=2)
+    optimizer = gammaopt.SGD(model.parameters(), lr=0.1)
+    assert set(optimizer.effective_lrs().values()) == {0.2}
+    wrap(unwrap(model), 3.0, depth=2)
+    assert min(optimizer.effective_lrs().values()) == pytest.approx(0.3)
+
+
+def test_a_replaced_head_that_would_broadcast_is_named_when_the_model_is_called() -> None:
+    model: Any = wrap(Net(), 2.0, depth=2)
+    model.head = nn.Linear(8, 1)
+    with pytest.raises(
+        UsageError, match=r"output of GammaNet has shape \(2, 1\) and had \(2, 3\) when it was wrapped;"
+    ):
+        model(torch.ones(2, 6))
+
+
+def test_a_part_that_is_wrapped_already() -> None:
+    whole = nn.Sequential(wrap(Net(), 2.0, depth=2), nn.Linear(3, 1))
+    with pytest.raises(
+        UsageError, match=r"part '0' of this Sequential is already wrapped with γ = 2; call gammaopt.un"
+    ):
+        wrap(whole, 1.0, depth=2)
+    part: Any = nn.Sequential(Net(), nn.Linear(3, 1))
+    optimizer = gammaopt.SGD(wrap(part, 2.0, depth=2).parameters(), lr=0.1)
+    inner = wrap(part[0], 3.0, depth=2)
+    with pytest.raises(UsageError, match=r"parameter 'body.weight' \(8, 6\) belongs to two wrapped models; unwrap one"):
+        optimizer.step()
+    unwrap(inner)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("center", ["copy", "none"])
+def test_checkpoint_of_another_width_or_depth_is_named_in_one_line(center: Any) -> None:
+    def build(width: int, depth: int) -> nn.Module:
+        return wrap(MLP(6, 3, width=width, depth=depth), 2.0, depth=2, center=center)
+
+    model = build(8, 3)
+    for width, depth, line in [
+        (16, 3, "another width: '1.weight' is (16, 6) there and (8, 6) here; build the net at the checkpoint's width"),
+        (8, 2, "another depth: '5.weight' of the model is not in the checkpoint; build the net with the checkpoint's"),
+        (8, 4, "another depth: '7.weight' of the checkpoint is not in the model; build the net with the checkpoint's"),
+    ]:
+        with pytest.raises(RuntimeError) as caught:
+            model.load_state_dict(build(width, depth).state_dict())
+        assert isinstance(caught.value, UsageError)
+        assert str(caught.value).splitlines()[0].startswith(f"the checkpoint was saved at {line}")
+    line = (
+        r"^the checkpoint is of a plain network, without 'gammaopt_plan' and θ₀; load it into the net before gammaopt.w"
+    )
+    with pytest.raises(UsageError, match=line):
+        wrap(Net(), 2.0, depth=2).load_state_dict(Net().state_dict())
+    with pytest.raises(RuntimeError, match="Unexpected key"):  # another network: torch's words alone
+        model.load_state_dict({"module.1.weight": torch.ones(8, 6)})
+
+
+class Odd(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.layer = kind, nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h: torch.Tensor = self.layer(x)
+        return h.mean() if self.kind == "scalar" else h[:0]
+
+
+def test_empty_and_scalar_outputs() -> None:
+    for kind, line in [
+        ("scalar", r"^Odd returns a scalar, not an output for each sample; if that is a loss, compute it from the mod"),
+        ("empty", r"^Odd returns an empty tensor of shape \(0, 3\); give a batch with samples$"),
+    ]:
+        with pytest.raises(UsageError, match=line):
+            wrap(Odd(kind), 1.0, example_inputs=torch.ones(2, 6))
+    model = wrap(Odd("empty"), 1.0, depth=1)
+    with pytest.raises(UsageError, match=r"^GammaOdd returns an empty tensor of shape \(0, 3\)"):
+        model(torch.ones(2, 6))
+
+
+def test_all_parameters_frozen() -> None:
+    line = r"^Net has no trainable parameters: there is nothing to train; call requires_grad_\(True\) on some$"
+    with pytest.raises(UsageError, match=line):
+        wrap(Net().requires_grad_(False), 1.0, depth=1)
+
+
 def test_checkpoint_of_another_gamma_says_both() -> None:
     saved = wrap(Net(), 2.0, depth=2).state_dict()
     with pytest.raises(RuntimeError, match="saved at γ = 2 and this model is wrapped with γ = 3; wrap the net with"):

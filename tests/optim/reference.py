@@ -1,6 +1,6 @@
 """The plain reference that gammaopt's optimizers are tested against, and the small models the tests train.
 
-    one torch group for each tensor, at  lr·m,  weight_decay/m,  eps·e
+    one torch group for each tensor, at  lr·m,  weight_decay/m,  eps·e;  weight_decay·e in Adam where it is coupled
 
 Slow, and plainly right: it is torch's own class throughout. What the user would set on the groups (by hand or by a
 scheduler) is set on ``Reference.settings``, a torch optimizer with the user's own groups.
@@ -52,7 +52,7 @@ class Reference:
         given = list(params)
         groups = cast("list[dict[str, Any]]", given if isinstance(given[0], dict) else [{"params": given}])
         # Schedulers look for groups and for calls of step(): stand-ins without gradients give them both.
-        self.settings: Any = theirs(name)([{**group, "params": [torch.zeros(())]} for group in groups], **options)
+        self.settings: Any = theirs(name)([{**group, "params": [torch.zeros(1, 1)]} for group in groups], **options)
         tensors = [[{"params": [tensor]} for tensor in group["params"]] for group in groups]
         self._members = [
             range(sum(map(len, tensors[:i])), sum(map(len, tensors[: i + 1]))) for i in range(len(tensors))
@@ -69,7 +69,8 @@ class Reference:
                 scale, group = self._scales[member], self.optimizer.param_groups[member]
                 group.update({key: value for key, value in settings.items() if key != "params"})
                 group["lr"] = settings["lr"] * scale.lr
-                group["weight_decay"] = settings["weight_decay"] / scale.lr
+                coupled = not settings.get("decoupled_weight_decay", True)
+                group["weight_decay"] = settings["weight_decay"] * (scale.eps if coupled else 1 / scale.lr)
                 if "eps" in settings:
                     group["eps"] = settings["eps"] * scale.eps
         return self.optimizer.step(closure)

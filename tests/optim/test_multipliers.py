@@ -83,3 +83,20 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
         gammaopt.SGD(model.parameters(), **{"lr": 0.1, **options})
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(("name", "decoupled"), [("Adam", False), ("Adam", True), ("AdamW", True)])
+def test_weight_decay_means_the_same_at_every_gamma(name: str, decoupled: bool) -> None:
+    """Coupled, it goes through Adam's normalisation with a gradient ∝ 1/γ; decoupled, each step takes lr·λ·w."""
+    options: dict[str, Any] = {"decoupled_weight_decay": decoupled} if name == "Adam" else {}
+    steps = []
+    for gamma in (1.0, 100.0):
+        model, x, y = model_and_data(gamma)
+        before = copy.deepcopy(list(model.parameters()))
+        optimizer = getattr(gammaopt, name)(model.parameters(), lr=0.01, eps=0.1, weight_decay=0.5, **options)
+        run(model, optimizer, x, y, 1)
+        shrunk = 1 - 0.01 * 0.5 if decoupled else 1.0
+        moves = [(p - shrunk * q).detach() for p, q in zip(model.parameters(), before, strict=True)]
+        steps.append([move / EtaLaw(3, "adam").factor(gamma) for move in moves])
+    for a, b in zip(*steps, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-15)

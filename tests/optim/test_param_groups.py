@@ -23,14 +23,16 @@ STEPS = 20
         ("SGD", {"weight_decay": 0.1}, {"momentum": 0.9, "nesterov": True}),
         ("Adam", {"eps": 1e-3}, {"amsgrad": True}),
         ("Adam", {"eps": 1e-8, "weight_decay": 0.1}, {}),
+        ("Adam", {"weight_decay": 0.1}, {"eps": 0.0}),
         ("AdamW", {"eps": 1e-2, "weight_decay": 0.1}, {"fused": True}),
     ],
 )
 def test_torchs_class_over_baked_groups_has_gammaopts_trajectory(
-    name: str, baked: dict[str, float], options: dict[str, Any]
+    name: str, baked: dict[str, Any], options: dict[str, Any]
 ) -> None:
     model, twin, x, y = twins()
-    groups = param_groups(twin, 0.01, optimizer="sgd" if name == "SGD" else "adam", **baked)
+    coupled = name == "Adam"
+    groups = param_groups(twin, 0.01, optimizer="sgd" if name == "SGD" else "adam", coupled=coupled, **baked)
     run(model, ours(name)(model.parameters(), lr=0.01, **baked, **options), x, y, STEPS)
     run(twin, theirs(name)(groups, **options), x, y, STEPS)
     assert_equal_parameters(model, twin)
@@ -68,16 +70,16 @@ def test_schedulers_that_multiply_rates_keep_the_trajectory() -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
-def test_torchs_muon_steps_matrices_at_the_rates_of_the_adam_family() -> None:
+def test_torchs_muon_steps_matrices_at_baked_rates() -> None:
     model, x, y = model_and_data()
     model.float()
-    groups = param_groups(model, 0.01, optimizer="adam", weight_decay=0.5)
+    groups = param_groups(model, 0.01, optimizer="muon", weight_decay=0.5)
     matrices = [{**group, "params": [p for p in group["params"] if p.ndim == 2]} for group in groups]
     matrices = [group for group in matrices if group["params"]]
     optimizer = torch.optim.Muon(matrices, momentum=0.0, nesterov=False)
     before = copy.deepcopy(dict(model.named_parameters()))
     run(model, optimizer, x.float(), y.float(), 1)
-    multipliers = plan_of(model).multipliers("adam")
+    multipliers = plan_of(model).multipliers("muon")
     for name, parameter in model.named_parameters():
         if parameter.ndim != 2:
             assert torch.equal(parameter, before[name])

@@ -278,7 +278,7 @@ def test_a_base_network_scales_readout_and_rates_and_leaves_the_draws_alone() ->
 
 
 def test_a_base_network_of_the_same_width_changes_nothing_and_stands_on_the_meta_device() -> None:
-    devices = []
+    devices: list[str] = []
 
     def base() -> nn.Module:
         net = mlp(DIGITS)()

@@ -126,7 +126,7 @@ def bend(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 def picture(rows: list[dict[str, Any]]) -> Figure:
     """Stable edge against γ with the fitted line; the predicted knee is dashed."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure = Figure(figsize=(4.8 * len(tasks), 3.9), layout="constrained")
+    figure = Figure(figsize=(4.8 * len(tasks), 4.4), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=True):
         for row in (row for row in rows if row["task"] == task):
@@ -145,7 +145,7 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
         axes.set_xlabel("feature-learning strength γ")
         axes.set_title(task, fontsize=10)
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     panels[0].set_ylabel("largest rate that trains")
     return figure
 

@@ -9,15 +9,18 @@ import math
 import multiprocessing
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from gammaopt.online import Recipe, RunRecord, train
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 class Job(NamedTuple):
@@ -29,24 +32,89 @@ class Job(NamedTuple):
     seed: int
 
 
-def run_all(jobs: Iterable[Job]) -> list[RunRecord]:
-    """Train the jobs, one thread each, on as many processes as there are cores; records in the jobs' order."""
+class EdgeJob(NamedTuple):
+    """A search for the largest rate that trains; rates in decades of c = η/s(γ)."""
+
+    recipe: Recipe
+    gamma: float
+    seed: int
+    low: float
+    high: float
+
+
+STEP, TOLERANCE = 0.4, 0.05  # decades: first down from the top, then by halves
+LEARNED = 0.8  # of the first loss, that of f = 0; a network that died and answers a constant keeps 0.9 or more
+
+
+def run_all(jobs: Iterable[Job], cores: int | None = None) -> list[RunRecord]:
+    """Train the jobs, one thread each, on ``cores`` processes (all there are if ``None``); records in jobs' order."""
+    return _map(_run, list(jobs), cores)
+
+
+def stable_edges(jobs: Iterable[EdgeJob], cores: int | None = None) -> list[float]:
+    """log₁₀ η of each job's stable edge; see :func:`stable_edge`."""
+    return _map(stable_edge, list(jobs), cores)
+
+
+def _map(function: Callable[[Task], Result], tasks: Sequence[Task], cores: int | None) -> list[Result]:
+    cores = cores or len(os.sched_getaffinity(0))
+    if cores == 1:  # in this process: starting one costs seconds
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return [function(task) for task in tasks]
+        finally:
+            torch.set_num_threads(threads)
     with ProcessPoolExecutor(
-        len(os.sched_getaffinity(0)),
-        multiprocessing.get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(1,),
+        cores, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        return list(pool.map(_run, jobs))
+        return list(pool.map(function, tasks))
 
 
 def _run(job: Job) -> RunRecord:
     return train(job.recipe, gamma=job.gamma, lr=job.lr, seed=job.seed)
 
 
+def stable_edge(job: EdgeJob) -> float:
+    """log₁₀ of the largest effective rate η that trains, within half of ``TOLERANCE``.
+
+    A run trains if it does not diverge and ends below ``LEARNED`` of its first loss. The search comes from above: far
+    below the edge a run at large γ is still on its plateau and does not train either.
+
+    Raises:
+        ValueError: if the edge is not between ``low`` and ``high``.
+    """
+    learned: dict[float, float] = {}
+
+    def trains(c: float) -> bool:
+        record = train(job.recipe, gamma=job.gamma, lr=10**c, seed=job.seed)
+        learned[c] = math.log10(record.effective_lr)
+        return record.final_loss is not None and record.final_loss < LEARNED * record.curve.loss[0]
+
+    high = job.high
+    if trains(high):
+        raise ValueError(f"γ = {job.gamma:g} trains at the highest rate, c = 10^{high:.2f}; raise it")
+    while not trains(low := high - STEP):
+        high = low
+        if high < job.low:
+            raise ValueError(
+                f"γ = {job.gamma:g} trains at no rate down to c = 10^{high:.2f}; lower it, or give more steps"
+            )
+    while high - low > TOLERANCE:
+        middle = (low + high) / 2
+        low, high = (middle, high) if trains(middle) else (low, middle)
+    return (learned[low] + learned[high]) / 2
+
+
 def score(record: RunRecord) -> float:
     """Log of the held-out loss, the lower the better; infinite for a diverged run."""
     return math.inf if record.final_loss is None else math.log(max(record.final_loss, 1e-30))
+
+
+def mean_score(records: Iterable[RunRecord]) -> float:
+    """Mean of the runs' scores; infinite if one diverged."""
+    scores = [score(record) for record in records]
+    return sum(scores) / len(scores)
 
 
 def best_rate(log10_rates: Sequence[float], scores: Sequence[float]) -> float:
@@ -63,6 +131,23 @@ def best_rate(log10_rates: Sequence[float], scores: Sequence[float]) -> float:
         return log10_rates[i]
     shift = 0.5 * (left - right) / (left + right - 2 * middle)
     return log10_rates[i] + shift * (log10_rates[i + 1] - log10_rates[i])
+
+
+def best_rates(
+    recipe: Recipe, gammas: Sequence[float], grid: Sequence[float], seeds: int, cores: int | None = None
+) -> list[float]:
+    """log₁₀ c of the best rate at each γ, c = η/s(γ): all runs of ``recipe`` over γ, the grid and seeds."""
+    cells = [(gamma, c, seed) for gamma in gammas for c in grid for seed in range(seeds)]
+    records = run_all((Job(recipe, gamma, 10**c, seed) for gamma, c, seed in cells), cores)
+    of = dict(zip(cells, records, strict=True))
+    return [
+        best_rate(grid, [mean_score(of[gamma, c, seed] for seed in range(seeds)) for c in grid]) for gamma in gammas
+    ]
+
+
+def even(low: float, high: float, count: int) -> list[float]:
+    """``count`` evenly spaced numbers, both ends included."""
+    return [low + (high - low) * i / (count - 1) for i in range(count)]
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:

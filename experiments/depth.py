@@ -10,10 +10,11 @@ Writes results/depth/PRESET.json and .png beside this file and prints predicted 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from _sweep import Job, best_rate, parser, run_all, score, slope, write
+from _sweep import best_rates, even, parser, slope, write
 from matplotlib.figure import Figure
 
 from gammaopt import EtaLaw
@@ -32,16 +33,17 @@ class Preset:
     adam_rates: tuple[float, float, int] = (-1.2, 0.4, 9)
     seeds: int = 2
     steps: int = 300
+    cores: int | None = None
 
 
 PRESETS = {
-    "smoke": Preset(cases=(("sgd", 2),), gammas=(1.0, 30.0), sgd_rates=(0.2, 2.0, 4), seeds=1, steps=60),
+    "smoke": Preset(cases=(("sgd", 2),), gammas=(1.0, 30.0), sgd_rates=(0.2, 2.0, 4), seeds=1, steps=60, cores=1),
     "cpu": Preset(),
 }
 
 
-def main() -> None:
-    options = parser(__doc__, "depth", PRESETS).parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser(__doc__, "depth", PRESETS).parse_args(arguments)
     preset = PRESETS[options.preset]
     rows = [measure(preset, optimizer, depth) for optimizer, depth in preset.cases]
     path = write(options.results, options.preset, {"rows": rows})
@@ -56,21 +58,11 @@ def main() -> None:
 
 def measure(preset: Preset, optimizer: str, depth: int) -> dict[str, object]:
     """Best rates over γ and their slope, for one optimizer and depth."""
-    low, high, count = preset.sgd_rates if optimizer == "sgd" else preset.adam_rates
-    grid = [low + (high - low) * i / (count - 1) for i in range(count)]
+    grid = even(*(preset.sgd_rates if optimizer == "sgd" else preset.adam_rates))
     build = partial(MLP, 144, 10, width=64, depth=depth)
     recipe = Recipe(build, Digits(), "mse", optimizer, preset.steps, depth=float(depth))  # type: ignore[arg-type]
-    cells = [(gamma, c, seed) for gamma in preset.gammas for c in grid for seed in range(preset.seeds)]
-    records = run_all(Job(recipe, gamma, 10**c, seed) for gamma, c, seed in cells)
+    logs = best_rates(recipe, preset.gammas, grid, preset.seeds, preset.cores)
     law = EtaLaw(depth, optimizer)  # type: ignore[arg-type]
-    logs = []
-    for gamma in preset.gammas:
-        means = [
-            sum(score(r) for (g, c, _), r in zip(cells, records, strict=True) if (g, c) == (gamma, point))
-            / preset.seeds
-            for point in grid
-        ]
-        logs.append(best_rate(grid, means))
     best = [c + math.log10(law.factor(gamma)) for c, gamma in zip(logs, preset.gammas, strict=True)]
     measured, error = slope([math.log10(gamma) for gamma in preset.gammas], best)
     return {

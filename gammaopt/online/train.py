@@ -48,6 +48,8 @@ class Recipe:
         parametrization: ``"mean_field"``, or ``"as_is"`` for the initialisation that ``build`` gives.
         depth: effective depth of the network; the measured one if ``None``.
         knee: where the law bends; see :func:`gammaopt.wrap`.
+        base: makes the network that rates were tuned on, for ``"as_is"``; called on the meta device, so it costs no
+            memory and draws nothing. See :func:`gammaopt.wrap`.
         device: where to train.
         dtype: floating-point type of network and inputs.
         momentum: of SGD, 0 ≤ momentum < 1.
@@ -62,6 +64,7 @@ class Recipe:
     parametrization: Parametrization = "mean_field"
     depth: float | None = None
     knee: float | None = None
+    base: Callable[[], nn.Module] | None = None
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     momentum: float = 0.0
@@ -176,6 +179,8 @@ def hits(output: Tensor, targets: Tensor) -> Tensor:
 
 def fresh_model(recipe: Recipe, gamma: float, example: Tensor, center: Center = "copy") -> nn.Module:
     """A network of the recipe, wrapped, on its device, drawn from torch's global generator."""
+    with torch.device("meta"):
+        base = None if recipe.base is None else recipe.base()
     model = wrap(
         recipe.build().to(recipe.dtype),
         gamma,
@@ -185,6 +190,7 @@ def fresh_model(recipe: Recipe, gamma: float, example: Tensor, center: Center = 
         center=center,
         knee=recipe.knee,
         loss=recipe.loss,
+        base=base,
     )
     return model.to(recipe.device)
 

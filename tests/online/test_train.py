@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gammaopt import UsageError
+from gammaopt import Plan, UsageError
 from gammaopt._laws import Loss
 from gammaopt.online import MLP, TASKS, Digits, Recipe, RunRecord, Staircase, Stream, get_task, train
 from gammaopt.online.streams import Batches
@@ -258,6 +258,36 @@ def test_ready_made_batches_change_nothing() -> None:
         # Longer than the run: a pass that serves several budgets.
         batches = Batches(recipe.stream, 1, recipe.steps + 5, recipe.batch_size, keep_bytes=keep_bytes)
         assert train(recipe, gamma=0.3, lr=2.0, seed=1, batches=batches) == alone
+
+
+def test_a_base_network_scales_readout_and_rates_and_leaves_the_draws_alone() -> None:
+    plain = replace(small(), parametrization="as_is", knee=1.0)
+    wide = replace(plain, base=lambda: MLP(144, 10, width=WIDTH // 4, depth=3))
+    starts, nets = [], []
+    for recipe in (plain, wide):
+        train(recipe, gamma=1.0, lr=1.0, seed=3)
+        starts.append(watched(recipe).state("theta0"))
+        nets.append(watched(recipe).net)
+    first, second = starts
+    assert torch.equal(first["1.weight"], second["1.weight"])
+    assert torch.equal(first["3.weight"], second["3.weight"])
+    torch.testing.assert_close(second["5.weight"], first["5.weight"] / 2)  # √(base width / width)
+    assert nets[1] is not None
+    assert isinstance(nets[1].gammaopt, Plan)
+    assert nets[1].gammaopt.multipliers("sgd") == pytest.approx({"1.weight": 4.0, "3.weight": 1.0, "5.weight": 0.25})
+
+
+def test_a_base_network_of_the_same_width_changes_nothing_and_stands_on_the_meta_device() -> None:
+    devices: list[str] = []
+
+    def base() -> nn.Module:
+        net = mlp(DIGITS)()
+        devices.extend(parameter.device.type for parameter in net.parameters())
+        return net
+
+    plain = replace(small(), parametrization="as_is")
+    assert train(replace(plain, base=base), gamma=2.0, lr=1.0, seed=3) == train(plain, gamma=2.0, lr=1.0, seed=3)
+    assert devices == ["meta"] * 3
 
 
 @pytest.mark.parametrize(("seed", "steps", "size"), [(2, 30, 8), (1, 29, 8), (1, 30, 9)])

@@ -1,0 +1,154 @@
+"""The knee: where the stable edge of a network in standard form bends from γ² to γ^(2/L), against gammaopt.knee.
+
+    python experiments/knee.py --preset cpu
+
+3-layer ReLU MLP with weights N(0, 1/fan_in), no re-initialisation (as_is), SGD, MSE, one pass. At each γ the largest
+rate that trains is found by bisection, under a law that is told nothing of the knee. The bend is where the two-segment
+line with slopes 2 and 2/L, fitted to log edge against log γ, changes its slope. Predicted: gammaopt.knee, within half a
+decade. Writes results/knee/PRESET.json and .png beside this file and prints predicted | measured | ratio | holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from _sweep import EdgeJob, even, parser, stable_edges, write
+from matplotlib.figure import Figure
+from torch import nn
+
+import gammaopt
+from gammaopt.online import MLP, Digits, Recipe, Staircase, Stream
+
+DEPTH = 3
+TOLERANCE = 0.5  # decades
+LAW = gammaopt.EtaLaw(DEPTH)
+STREAMS: dict[str, Stream] = {"digits": Digits(), "staircase": Staircase(32, 4)}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much to run; edges are looked for between two decades of c = η/s(γ), s bent at 1."""
+
+    cases: tuple[tuple[str, int], ...] = (("digits", 64), ("digits", 256), ("staircase", 64), ("staircase", 256))
+    gammas: tuple[float, ...] = tuple(10**x for x in even(-1, 3, 9))
+    rates: tuple[float, float] = (-3.0, 1.6)
+    seeds: int = 1
+    steps: int = 300
+    cores: int | None = None
+
+
+PRESETS = {
+    "smoke": Preset(cases=(("digits", 32),), gammas=(1.0, 10.0, 100.0), rates=(-1.5, 1.2), steps=100, cores=1),
+    "cpu": Preset(),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser(__doc__, "knee", PRESETS).parse_args(arguments)
+    rows = measure(PRESETS[options.preset])
+    path = write(options.results, options.preset, {"rows": rows})
+    picture(rows).savefig(path.with_suffix(".png"), dpi=110)
+    print("| task | width | predicted γ_c | measured | measured / predicted | holds |\n" + "|---" * 6 + "|")
+    for row in rows:
+        print(
+            f"| {row['task']} | {row['width']} | {row['predicted']:.1f} | {row['measured']:.1f} "
+            f"| {row['measured'] / row['predicted']:.2f} | {'yes' if row['holds'] else 'no'} |"
+        )
+
+
+def standard(inputs: int, outputs: int, width: int) -> MLP:
+    """The standard form: weights N(0, 1/fan_in), no biases."""
+    net = MLP(inputs, outputs, width=width, depth=DEPTH)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, 0.0, parameter.shape[1] ** -0.5)
+    return net
+
+
+def measure(preset: Preset) -> list[dict[str, Any]]:
+    """Stable edges over γ, their bend and the predicted knee, one row for each task and width."""
+    cells = [(case, gamma, seed) for case in preset.cases for gamma in preset.gammas for seed in range(preset.seeds)]
+    jobs = (EdgeJob(recipe(preset, *case), gamma, seed, *preset.rates) for case, gamma, seed in cells)
+    of = dict(zip(cells, stable_edges(jobs, preset.cores), strict=True))
+    rows = []
+    for case in preset.cases:
+        edges = [sum(of[case, gamma, s] for s in range(preset.seeds)) / preset.seeds for gamma in preset.gammas]
+        predicted = predict(preset, *case)
+        level, bent = bend([math.log10(gamma) for gamma in preset.gammas], edges)
+        rows.append(
+            {
+                "task": case[0],
+                "width": case[1],
+                "gammas": [round(gamma, 4) for gamma in preset.gammas],
+                "log10_edge": [round(edge, 3) for edge in edges],
+                "log10_edge_at_bend": round(level, 3),
+                "predicted": round(predicted, 3),
+                "measured": round(10**bent, 3),
+                "holds": abs(bent - math.log10(predicted)) <= TOLERANCE,
+            }
+        )
+    return rows
+
+
+def recipe(preset: Preset, task: str, width: int) -> Recipe:
+    stream = STREAMS[task]
+    build = partial(standard, math.prod(stream.shape), stream.classes or 1, width)
+    return Recipe(build, stream, "mse", "sgd", preset.steps, parametrization="as_is", depth=float(DEPTH), knee=1.0)
+
+
+def predict(preset: Preset, task: str, width: int) -> float:
+    """Geometric mean of gammaopt.knee over the runs' networks, on 256 samples."""
+    logs = []
+    for seed in range(preset.seeds):
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            net = recipe(preset, task, width).build()
+        logs.append(math.log(gammaopt.knee(net, STREAMS[task].batches(seed, 0, 1, 256)[0][0])))
+    return math.exp(sum(logs) / len(logs))
+
+
+def bend(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """Height and place of the corner of the least-squares line with slopes ``LAW.lazy`` and ``LAW.rich``."""
+    points, values = np.asarray(x), np.asarray(y)
+    fits = []
+    for corner in np.linspace(points[0], points[-1], 1001):
+        line = np.where(points < corner, LAW.lazy, LAW.rich) * (points - corner)
+        level = float((values - line).mean())
+        fits.append((float(((values - line - level) ** 2).sum()), level, float(corner)))
+    return min(fits)[1:]
+
+
+def picture(rows: list[dict[str, Any]]) -> Figure:
+    """Stable edge against γ with the fitted line; the predicted knee is dashed."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure = Figure(figsize=(4.8 * len(tasks), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for axes, task in zip(panels, tasks, strict=True):
+        for row in (row for row in rows if row["task"] == task):
+            label = f"N = {row['width']}: bend {row['measured']:.1f}, knee {row['predicted']:.1f} predicted"
+            (points,) = axes.plot(row["gammas"], [10**edge for edge in row["log10_edge"]], "o", label=label)
+            ends = (row["gammas"][0], row["measured"], row["gammas"][-1])
+            corner = 10 ** row["log10_edge_at_bend"]
+            heights = [
+                corner * (gamma / row["measured"]) ** (LAW.lazy if gamma < row["measured"] else LAW.rich)
+                for gamma in ends
+            ]
+            axes.plot(ends, heights, color=points.get_color(), linewidth=1)
+            axes.axvline(row["predicted"], color=points.get_color(), linestyle="--", linewidth=1)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("feature-learning strength γ")
+        axes.set_title(task, fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    panels[0].set_ylabel("largest rate that trains")
+    return figure
+
+
+if __name__ == "__main__":
+    main()

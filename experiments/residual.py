@@ -1,0 +1,133 @@
+"""The exponent of the best rate of a pre-LayerNorm residual MLP: predicted 2/L_eff for SGD, γ ≥ 1.
+
+    python experiments/residual.py --preset cpu
+
+Its depth is no number of layers: the last normalisation undoes the scale of all before it, so that L_eff, measured by
+gammaopt.effective_depth, is about 2 however many blocks there are. Augmented digits, MSE, mean-field form, one pass.
+For each γ the best rate is the vertex of a parabola through log held-out loss on a grid of rates.
+Writes results/residual/PRESET.json and .png beside this file and prints predicted | measured | standard error | holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from _sweep import best_rates, even, parser, slope, write
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from gammaopt import EtaLaw, effective_depth, wrap
+from gammaopt.online import Digits, Recipe
+
+TOLERANCE = 0.15
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much to run; rates in decades of c = η/s(γ)."""
+
+    blocks: tuple[int, ...] = (2,)
+    width: int = 64
+    gammas: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)
+    rates: tuple[float, float, int] = (-0.8, 1.2, 11)
+    seeds: int = 4
+    steps: int = 300
+    cores: int | None = None
+
+
+PRESETS = {
+    "smoke": Preset(blocks=(1,), width=16, gammas=(1.0, 30.0), rates=(-0.5, 1.0, 4), seeds=1, steps=60, cores=1),
+    "cpu": Preset(),
+}
+
+
+class Block(nn.Module):
+    """x + W₂ ReLU(W₁ LayerNorm(x)), four times as wide inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The stream, and what the block adds to it."""
+        return x + torch.as_tensor(self.down(torch.relu(self.up(self.norm(x)))))
+
+
+def network(blocks: int, width: int) -> nn.Sequential:
+    body = [Block(width) for _ in range(blocks)]
+    return nn.Sequential(nn.Flatten(), nn.Linear(144, width), *body, nn.LayerNorm(width), nn.Linear(width, 10))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser(__doc__, "residual", PRESETS).parse_args(arguments)
+    preset = PRESETS[options.preset]
+    rows = [measure(preset, blocks) for blocks in preset.blocks]
+    path = write(options.results, options.preset, {"rows": rows})
+    picture(rows).savefig(path.with_suffix(".png"), dpi=110)
+    print("| blocks | L_eff | predicted | measured | standard error | holds |\n" + "|---" * 6 + "|")
+    for row in rows:
+        print(
+            f"| {row['blocks']} | {row['depth']:.2f} | {row['predicted']:.3f} | {row['measured']:.3f} "
+            f"| {row['error']:.3f} | {'yes' if row['holds'] else 'no'} |"
+        )
+
+
+def measure(preset: Preset, blocks: int) -> dict[str, Any]:
+    """Effective depth, best rates over γ and their slope, for one number of blocks."""
+    build = partial(network, blocks, preset.width)
+    depth = sum(measured_depth(build(), seed) for seed in range(preset.seeds)) / preset.seeds
+    recipe = Recipe(build, Digits(), "mse", "sgd", preset.steps, depth=depth)
+    logs = best_rates(recipe, preset.gammas, even(*preset.rates), preset.seeds, preset.cores)
+    law = EtaLaw(depth)
+    best = [c + math.log10(law.factor(gamma)) for c, gamma in zip(logs, preset.gammas, strict=True)]
+    measured, error = slope([math.log10(gamma) for gamma in preset.gammas], best)
+    return {
+        "blocks": blocks,
+        "depth": round(depth, 4),
+        "gammas": list(preset.gammas),
+        "log10_best": [round(rate, 3) for rate in best],
+        "predicted": law.rich,
+        "measured": round(measured, 4),
+        "error": round(error, 4),
+        "holds": abs(measured - law.rich) <= TOLERANCE,
+    }
+
+
+def measured_depth(net: nn.Module, seed: int) -> float:
+    """L_eff in mean-field form, drawn from ``seed``."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        wrap(net, 1.0, depth=1.0, parametrization="mean_field")
+    return effective_depth(net, Digits().batches(seed, 0, 1, 256)[0][0])
+
+
+def picture(rows: list[dict[str, Any]]) -> Figure:
+    """Best rate against γ, with the predicted line through the mean of the points."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for row in rows:
+        rates = [10**rate for rate in row["log10_best"]]
+        logs = [math.log10(gamma) for gamma in row["gammas"]]
+        level = sum(row["log10_best"]) / len(logs) - row["predicted"] * sum(logs) / len(logs)
+        label = f"{row['blocks']} blocks, L_eff = {row['depth']:.2f}: measured {row['measured']:.2f}"
+        (points,) = axes.plot(row["gammas"], rates, "o", label=label)
+        line = [10 ** (level + row["predicted"] * log) for log in logs]
+        axes.plot(row["gammas"], line, color=points.get_color(), label=f"2/L_eff = {row['predicted']:.2f}, predicted")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("feature-learning strength γ")
+    axes.set_ylabel("best rate η*")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+if __name__ == "__main__":
+    main()

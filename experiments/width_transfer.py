@@ -1,0 +1,190 @@
+"""Width transfer: one learning rate serves widths 64 to 1,024 in mean-field form and relative to a base network.
+
+    python experiments/width_transfer.py --preset cpu
+
+Augmented digits, MSE, 3-layer MLP, one pass. The best rate of each width is the vertex of a parabola through log
+held-out loss on a grid of an eighth of a decade. Predicted: the largest over the smallest is at most 2 in mean-field
+form and with base= (a network of width 64), and more than 2 in plain form, the contrast. Base and plain start from
+torch's own initialisation, and under SGD from N(0, 1/fan_in) too, three times the variance.
+Writes results/width_transfer/PRESET.json and .png beside this file and prints predicted | measured | holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from _sweep import Job, best_rate, even, mean_score, parser, run_all, write
+from matplotlib.figure import Figure
+from torch import nn
+
+from gammaopt.online import MLP, Digits, Recipe
+
+BASE_WIDTH = 64
+SPREAD = 2.0  # largest over smallest best rate
+STEP = 0.25  # decades between two rates
+TICKS = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+class Case(NamedTuple):
+    """A form of the network and an optimizer; rates in decades."""
+
+    form: str  # "mean field", "base" or "plain"
+    start: str  # "torch", its own initialisation, or "normal", N(0, 1/fan_in)
+    optimizer: str
+    gamma: float
+    low: float
+    high: float
+
+
+Cell = tuple[Case, int, float]  # case, width, log₁₀ rate
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much to run."""
+
+    cases: tuple[Case, ...] = (
+        Case("mean field", "normal", "sgd", 1.0, 0.25, 1.75),
+        Case("mean field", "normal", "sgd", 30.0, 0.25, 1.75),
+        Case("mean field", "normal", "adam", 1.0, -1.25, 0.25),
+        Case("mean field", "normal", "adam", 30.0, -1.25, 0.25),
+        Case("base", "torch", "sgd", 1.0, -0.5, 1.0),
+        Case("base", "torch", "adam", 1.0, -3.25, -1.75),
+        Case("base", "normal", "sgd", 1.0, -1.25, 0.5),
+        Case("plain", "torch", "sgd", 1.0, -0.75, 0.75),
+        Case("plain", "torch", "adam", 1.0, -4.25, -1.75),
+        Case("plain", "normal", "sgd", 1.0, -2.25, 0.0),
+    )
+    widths: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    seeds: int = 2
+    steps: int = 160
+    cores: int | None = None
+
+
+PRESETS = {
+    "smoke": Preset(
+        cases=(Case("mean field", "normal", "sgd", 1.0, 0.5, 1.5), Case("base", "torch", "sgd", 1.0, -0.5, 0.5)),
+        widths=(16, 32),
+        seeds=1,
+        steps=30,
+        cores=1,
+    ),
+    "cpu": Preset(),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser(__doc__, "width_transfer", PRESETS).parse_args(arguments)
+    rows = measure(PRESETS[options.preset])
+    path = write(options.results, options.preset, {"rows": rows})
+    picture(rows).savefig(path.with_suffix(".png"), dpi=110)
+    print("| form | optimizer | γ | largest / smallest best rate, predicted | measured | holds |\n" + "|---" * 6 + "|")
+    for row in rows:
+        print(
+            f"| {name(row)} | {row['optimizer']} | {row['gamma']:g} | {row['predicted']} | {row['measured']:.2f} "
+            f"| {'yes' if row['holds'] else 'no'} |"
+        )
+
+
+def measure(preset: Preset) -> list[dict[str, Any]]:
+    """Best rates over widths and their spread, one row for each case."""
+    # The longest runs first, so that no core waits for them.
+    nets = [(case, width) for width in sorted(preset.widths, reverse=True) for case in preset.cases]
+    scores: dict[Cell, float] = {}
+    grids = {net: even(net[0].low, net[0].high, round((net[0].high - net[0].low) / STEP) + 1) for net in nets}
+    run(preset, [(*net, rate) for net in nets for rate in grids[net]], scores)
+    # Once more around each lowest score, at half the distance.
+    for net, grid in grids.items():
+        best = min(grid, key=lambda rate: scores[(*net, rate)])
+        grids[net] = sorted({*grid, best - STEP / 2, best + STEP / 2})
+    run(preset, [(*net, rate) for net in nets for rate in grids[net] if (*net, rate) not in scores], scores)
+    rows = []
+    for case in preset.cases:
+        best_rates = []
+        for width in preset.widths:
+            grid = grids[case, width]
+            best_rates.append(best_rate(grid, [scores[case, width, rate] for rate in grid]))
+        spread = 10 ** (max(best_rates) - min(best_rates))
+        transfers = case.form != "plain"
+        rows.append(
+            {
+                "form": case.form,
+                "start": case.start,
+                "optimizer": case.optimizer,
+                "gamma": case.gamma,
+                "widths": list(preset.widths),
+                "log10_best": [round(rate, 3) for rate in best_rates],
+                "predicted": f"{'≤' if transfers else '>'} {SPREAD:g}",
+                "measured": round(spread, 3),
+                "holds": (spread <= SPREAD) == transfers,
+            }
+        )
+    return rows
+
+
+def run(preset: Preset, cells: list[Cell], scores: dict[Cell, float]) -> None:
+    """Train each cell on all seeds and add its mean score to ``scores``."""
+    jobs = [
+        Job(recipe(preset, case, width), case.gamma, 10**rate, seed)
+        for case, width, rate in cells
+        for seed in range(preset.seeds)
+    ]
+    records = run_all(jobs, preset.cores)
+    for i, cell in enumerate(cells):
+        scores[cell] = mean_score(records[i * preset.seeds : (i + 1) * preset.seeds])
+
+
+def recipe(preset: Preset, case: Case, width: int) -> Recipe:
+    return Recipe(
+        partial(network, case.start, width),
+        Digits(),
+        "mse",
+        case.optimizer,  # type: ignore[arg-type]
+        preset.steps,
+        parametrization="mean_field" if case.form == "mean field" else "as_is",
+        depth=3.0,
+        base=partial(network, case.start, BASE_WIDTH) if case.form == "base" else None,
+    )
+
+
+def network(start: str, width: int) -> MLP:
+    net = MLP(144, 10, width=width, depth=3)
+    if start == "normal":
+        for parameter in net.parameters():
+            nn.init.normal_(parameter, 0.0, parameter.shape[1] ** -0.5)
+    return net
+
+
+def name(row: dict[str, Any]) -> str:
+    normal = row["form"] != "mean field" and row["start"] == "normal"
+    return f"{row['form']}{', N(0, 1/fan_in)' if normal else ''}"
+
+
+def picture(rows: list[dict[str, Any]]) -> Figure:
+    """Best rate against width, over its value at the smallest one: a level line transfers."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, optimizer in zip(panels, ("sgd", "adam"), strict=True):
+        for row in (row for row in rows if row["optimizer"] == optimizer):
+            label = f"{name(row)}, γ = {row['gamma']:g}: × {row['measured']:.2f}"
+            relative = [10 ** (rate - row["log10_best"][0]) for rate in row["log10_best"]]
+            axes.plot(row["widths"], relative, "--" if row["form"] == "plain" else "-", marker="o", label=label)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks(rows[0]["widths"], [str(width) for width in rows[0]["widths"]])
+        axes.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS])
+        axes.minorticks_off()
+        axes.set_xlabel("width N")
+        axes.set_title(optimizer, fontsize=10)
+        axes.grid(alpha=0.25)
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=8)
+    panels[0].set_ylabel("best rate / best rate at the smallest width")
+    return figure
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The laws' exponents, measured. Quick: the stable edge of one small network. Slow: the experiments and their bars."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import depth
+import knee
+import pytest
+import residual
+import width_transfer
+from _sweep import EdgeJob, slope, stable_edge
+
+from gammaopt import EtaLaw
+from gammaopt._laws import OptimizerFamily
+from gammaopt.online import MLP, Digits, Recipe
+
+GAMMAS = (1.0, 1000.0)
+
+
+@pytest.mark.parametrize(("optimizer", "low", "high"), [("sgd", 0.4, 1.8), ("adam", -0.8, 0.6)])
+def test_stable_edge_follows_the_law_over_three_decades(optimizer: OptimizerFamily, low: float, high: float) -> None:
+    layers = 3
+    recipe = Recipe(partial(MLP, 144, 10, width=32), Digits(), "mse", optimizer, steps=200, depth=float(layers))
+    edges = [stable_edge(EdgeJob(recipe, gamma, 0, low, high)) for gamma in GAMMAS]
+    measured, _ = slope([math.log10(gamma) for gamma in GAMMAS], edges)
+    assert measured == pytest.approx((2 if optimizer == "sgd" else 1) / layers, abs=0.1)
+    assert measured == pytest.approx(EtaLaw(layers, optimizer).rich, abs=0.1)
+
+
+@pytest.mark.parametrize("experiment", [depth, knee, residual, width_transfer], ids=lambda module: module.__name__)
+def test_smoke_preset_runs_and_leaves_its_result(
+    experiment: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment.main(["--preset", "smoke", "--results", str(tmp_path)])
+    rows = json.loads((tmp_path / "smoke.json").read_text(encoding="utf-8"))["rows"]
+    assert all(math.isfinite(row["measured"]) for row in rows)
+    assert (tmp_path / "smoke.png").stat().st_size > 5_000
+    head, rule, *lines = capsys.readouterr().out.splitlines()
+    assert "predicted" in head
+    assert "measured" in head
+    assert head.count("|") == rule.count("|")
+    assert len(lines) == len(rows) > 0
+
+
+def test_bend_of_an_exact_edge_is_its_knee() -> None:
+    x = [-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0]
+    law = EtaLaw(3, knee=5.0)
+    level, bent = knee.bend(x, [math.log10(law.factor(10**point)) + 0.3 for point in x])
+    assert 10**bent == pytest.approx(5.0, rel=0.02)
+    assert level == pytest.approx(math.log10(law.factor(5.0)) + 0.3, abs=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("optimizer", "layers"), depth.PRESETS["cpu"].cases)
+def test_best_rate_has_the_exponent_of_depth_and_optimizer(optimizer: str, layers: int) -> None:
+    row = depth.measure(depth.PRESETS["cpu"], optimizer, layers)
+    assert row["predicted"] == pytest.approx((2 if optimizer == "sgd" else 1) / layers)
+    assert row["measured"] == pytest.approx(row["predicted"], abs=0.1)
+
+
+@pytest.mark.slow
+def test_edge_in_standard_form_bends_within_half_a_decade_of_the_knee() -> None:
+    rows = knee.measure(knee.PRESETS["cpu"])
+    assert {row["width"] for row in rows} == {64, 256}
+    for row in rows:
+        assert 10**-0.5 <= row["measured"] / row["predicted"] <= 10**0.5, row
+
+
+@pytest.mark.slow
+def test_best_rate_of_a_pre_layer_norm_residual_network_has_the_exponent_of_its_effective_depth() -> None:
+    row = residual.measure(residual.PRESETS["cpu"], 2)
+    assert 1.8 < row["depth"] < 2.4  # however many layers: here five weights deep
+    assert row["measured"] == pytest.approx(2 / row["depth"], abs=0.15)
+
+
+@pytest.mark.slow
+def test_best_rate_stays_within_a_factor_two_over_widths() -> None:
+    preset = width_transfer.PRESETS["cpu"]
+    rows = width_transfer.measure(preset)
+    assert len(rows) == len(preset.cases)
+    for row in rows:
+        assert row["widths"] == [64, 128, 256, 512, 1024]
+        if row["form"] == "mean field" or (row["form"], row["start"]) == ("base", "torch"):
+            assert row["measured"] <= 2, row
+    contrast = {(row["start"], row["optimizer"]): row["measured"] for row in rows if row["form"] == "plain"}
+    assert contrast["torch", "adam"] > 2
+    assert contrast["normal", "sgd"] > 2

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from gammaopt._errors import MissingExtraError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gammaopt.online.ensemble import Progress as RunSteps
+    from gammaopt.report import ExponentRow
     from gammaopt.tuning import Progress, TuneResult
 
 app = typer.Typer(
@@ -102,6 +105,95 @@ def tune(
         with _finished(quiet) if finished else _progress(quiet) as show:
             result = run(plan, folder, storage=storage, jobs=jobs, on_progress=show)
         _tell(result, folder, json, quiet)
+
+
+@app.command()
+def portrait(
+    task: Annotated[str, typer.Argument(help="Task to draw; `gammaopt tasks` lists them.")],
+    loss: Annotated[str | None, typer.Option(help="mse or cross_entropy.", show_default="the task's")] = None,
+    optimizer: Annotated[str, typer.Option(help="sgd, adam or adamw.")] = "sgd",
+    steps: Annotated[
+        list[int] | None, typer.Option(help="Budget; give it again for several.", show_default="300")
+    ] = None,
+    gammas: Annotated[
+        tuple[float, float, int], typer.Option(metavar="LO HI N", help="Lowest and highest γ, and how many.")
+    ] = (0.01, 1000.0, 11),
+    rates: Annotated[
+        tuple[float, float, int] | None,
+        typer.Option(metavar="LO HI N", help="Lowest and highest rate, and how many.", show_default="set by the task"),
+    ] = None,
+    unit: Annotated[str, typer.Option(help="law: rates are c in η = c·s(γ); eta: they are η.")] = "law",
+    seeds: Annotated[int, typer.Option(help="Seeds at which every cell is trained.")] = 1,
+    width: Annotated[int, typer.Option(help="Of the hidden layers.")] = 64,
+    depth: Annotated[int, typer.Option(help="Weight layers L.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Folder.", show_default="runs/portrait-TASK-…")] = None,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, …")] = "cpu",
+    json: Annotated[bool, typer.Option("--json", help="Print the exponents as JSON on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+) -> None:
+    """Train a grid of (γ, η) and draw its phase portrait with the predicted edges on it.
+
+    Goes on where it stopped if it is started again; new γ, rates or seeds compute the new cells only.
+    """
+    with _usage_errors():
+        from gammaopt._portrait_command import draw
+
+        with _run_steps(quiet) as show:
+            rows, picture = draw(
+                task=task, loss=loss, optimizer=optimizer, budgets=steps or [300], gammas=gammas, rates=rates,
+                unit=unit, seeds=seeds, width=width, depth=depth, out=out, device=device, on_progress=show,
+            )  # fmt: skip
+        typer.echo(_as_json(rows) if json else _as_table(rows))
+        Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True).print(f"Picture: {picture}", markup=False)
+
+
+def _as_json(rows: list[ExponentRow]) -> str:
+    import dataclasses
+    import json
+
+    return json.dumps([dataclasses.asdict(row) for row in rows], ensure_ascii=False)
+
+
+def _as_table(rows: list[ExponentRow]) -> str:
+    if not rows:
+        return "No exponents: fewer than three γ have their best rate, or edge, inside the grid; give wider --rates."
+    lines = [f"{'steps':>7}  {'exponent of the':<15}  {'where':<5}  predicted  measured  95 % interval"]
+    lines += [
+        f"{row.budget:>7,}  {row.what:<15}  {row.side}  {row.predicted:>9.2f}  {row.measured:>8.2f}  "
+        f"{row.interval[0]:.2f} … {row.interval[1]:.2f}"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+@contextmanager
+def _run_steps(quiet: bool) -> Iterator[Callable[[RunSteps], None]]:
+    """A bar with run-steps per second on a terminal, a line for each tenth elsewhere, nothing if quiet."""
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    start = time.monotonic()
+    said = -1
+
+    def speed(progress: RunSteps) -> str:
+        return f"{progress.done / max(1e-9, time.monotonic() - start):,.0f} run-steps/s"
+
+    if quiet or not console.is_terminal:
+
+        def line(progress: RunSteps) -> None:
+            nonlocal said
+            tenth = 10 * progress.done // progress.total
+            if not quiet and tenth != said:
+                typer.echo(f"{10 * tenth} % · {speed(progress)}", err=True)
+            said = tenth
+
+        yield line
+        return
+    columns = (TextColumn("training"), BarColumn(bar_width=20), TextColumn("{task.fields[speed]}"))
+    with Bar(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        row = bar.add_task("", total=None, speed="")
+        yield lambda progress: bar.update(row, total=progress.total, completed=progress.done, speed=speed(progress))
 
 
 def _tell(result: TuneResult, folder: Path, json: bool, quiet: bool) -> None:

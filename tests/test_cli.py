@@ -224,3 +224,40 @@ def test_console_script_is_the_same_program() -> None:
     script = Path(sys.executable).with_name("gammaopt")
     done = subprocess.run([script, "--help"], capture_output=True, text=True, check=False, env={**os.environ})
     assert done.stdout == gammaopt("--help").stdout
+
+
+PORTRAIT = ["portrait", "digits", "--loss", "mse", "--gammas", 0.1, 10, 5, "--rates", 0.5, 512, 6, "--width", 16]
+
+
+def test_portrait_prints_exponents_and_leaves_data_and_a_picture(here: Callable[..., Done], tmp_path: Path) -> None:
+    done = here(*PORTRAIT, "--steps", 60, "--steps", 30, "--out", "p")
+    assert done.returncode == 0
+    head, *rows = done.stdout.splitlines()
+    assert head.split() == ["steps", "exponent", "of", "the", "where", "predicted", "measured", "95", "%", "interval"]
+    assert rows
+    assert all(len(line) <= 80 for line in (head, *rows))
+    assert "run-steps/s" in done.stderr
+    assert "Picture: p/portrait.png" in done.stderr
+    names = {path.name for path in (tmp_path / "p").iterdir()}
+    assert names == {"portrait.json", "runs.jsonl", "portrait.npz", "portrait.png", "exponents.json", "lock"}
+    again = here(*PORTRAIT, "--steps", 60, "--steps", 30, "--out", "p", "--json", "--quiet")
+    assert again.stderr == ""
+    assert json.loads(again.stdout) == json.loads((tmp_path / "p" / "exponents.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["portrait", "didgits"], "unknown task 'didgits'; choose one of: digits"),
+        (["portrait", "digits", "--steps", 0], "steps=0 is too small; give at least 1"),
+        (["portrait", "digits", "--steps", 5, "--steps", 5], "steps=[5, 5] has a budget twice; give each once"),
+        (["portrait", "digits", "--seeds", 0], "seeds=0 is too small; give at least 1"),
+        (["portrait", "digits", "--gammas", 10, 1, 3], "gammas from 10 to 1 is empty; give the lower end first"),
+        (["portrait", "digits", "--unit", "eta"], "unit=eta has no default rates; give --rates LO HI N"),
+        (["portrait", "digits", "--optimizer", "lion"], "unknown optimizer 'lion'; choose one of: sgd, adam, adamw"),
+    ],
+)
+def test_mistakes_in_a_portrait(here: Callable[..., Done], words: list[object], message: str, tmp_path: Path) -> None:
+    done = here(*words)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"gammaopt: {message}\n")
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 Data flows one way: a stream gives batches, :func:`train` consumes them, a :class:`RunRecord` comes out.
 """
 
+from gammaopt.online.ensemble import Progress as Progress
 from gammaopt.online.ensemble import train_many as train_many
 from gammaopt.online.models import CNN as CNN
 from gammaopt.online.models import MLP as MLP
@@ -24,6 +25,7 @@ __all__ = [
     "TASKS",
     "Curve",
     "Digits",
+    "Progress",
     "Recipe",
     "Run",
     "RunRecord",

@@ -21,7 +21,7 @@ class Task:
         name: what a user types.
         summary: one line for the list of tasks.
         stream: makes the stream.
-        build: makes a fresh network.
+        build: makes a fresh network; takes ``width`` and ``depth`` too.
         depth: effective depth of that network.
         losses: losses it can be trained with, the default first.
         base_lr: (optimizer family, loss) → a rate that trains at γ = 1 in mean-field form. Only the centre of the
@@ -32,7 +32,7 @@ class Task:
     name: str
     summary: str
     stream: Callable[[], Stream]
-    build: Callable[[], nn.Module]
+    build: Callable[..., nn.Module]
     depth: float
     losses: tuple[Loss, ...]
     base_lr: Mapping[tuple[OptimizerFamily, Loss], float] = field(hash=False)
@@ -40,8 +40,8 @@ class Task:
     batch_size: int = 32
 
 
-def _digits_mlp() -> nn.Module:
-    return MLP(144, 10, width=64, depth=3)
+def _digits_mlp(width: int = 64, depth: int = 3) -> nn.Module:
+    return MLP(144, 10, width=width, depth=depth)
 
 
 TASKS: dict[str, Task] = {

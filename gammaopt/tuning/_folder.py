@@ -9,20 +9,19 @@ lock          held while a process works here
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
-import os
 import platform
 import secrets
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from gammaopt._errors import UsageError
+from gammaopt._files import locked, write_atomically
+from gammaopt.online._run_file import RunFile
 from gammaopt.online.record import RunRecord
 from gammaopt.tuning._plan import StudyPlan
 
@@ -36,27 +35,6 @@ class Cell:
     seed: int
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by a file with ``text``, whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 @contextmanager
 def opened(path: Path, plan: StudyPlan) -> Iterator[Folder]:
     """Take the folder for ``plan``: make it, or go on in it if it holds the same plan.
@@ -66,18 +44,7 @@ def opened(path: Path, plan: StudyPlan) -> Iterator[Folder]:
             is changed then.
     """
     _check_contents(path, plan)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / "lock", "a", encoding="utf-8")  # noqa: SIM115 - held until the study stops
-    except OSError as error:
-        raise UsageError(f"{path} can't be written: {error.strerror}; choose another folder with --out") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"{path} is in use by another process; wait for it, or choose another folder with --out"
-            ) from None
+    with locked(path):
         _check_contents(path, plan)  # again: another process may have taken the folder in between
         if not (path / "study.json").exists():
             content = {"plan": plan.to_dict(), "versions": versions(), "id": secrets.token_hex(4)}
@@ -130,48 +97,17 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._runs_path = path / "runs.jsonl"
-        self.runs = self._read_runs()
-        self._file: IO[str] | None = None
-
-    def _read_runs(self) -> dict[Cell, RunRecord]:
-        if not self._runs_path.exists():
-            return {}
-        try:
-            content = self._runs_path.read_bytes()
-        except OSError as error:
-            raise UsageError(
-                f"{self._runs_path} can't be read ({error.strerror}); restore it, or choose another folder with --out"
-            ) from None
-        whole, _, rest = content.rpartition(b"\n")
-        runs = {}
-        for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
-            try:
-                record = RunRecord.from_dict(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UsageError(
-                    f"{self._runs_path} line {number} is not a run record ({type(error).__name__}); "
-                    "restore the file, or choose another folder with --out"
-                ) from None
-            runs[Cell(record.gamma, record.lr, record.seed)] = record
-        if rest:
-            # The process was killed while it wrote this line: that run was not finished.
-            with open(self._runs_path, "r+b") as file:
-                file.truncate(len(content) - len(rest))
-        return runs
+        self._file = RunFile(path / "runs.jsonl")
+        self.runs = {Cell(record.gamma, record.lr, record.seed): record for record in self._file.records}
 
     def add(self, record: RunRecord) -> None:
         """Keep a finished run: on disk before this returns."""
-        if self._file is None:
-            self._file = open(self._runs_path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._file.write(record.to_json() + "\n")
-        self._file.flush()
+        self._file.add(record)
         self.runs[Cell(record.gamma, record.lr, record.seed)] = record
 
     def close(self) -> None:
         """Close the file of runs."""
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
     def write(self, name: str, text: str) -> Path:
         """Write a text file into the folder, whole or not at all."""

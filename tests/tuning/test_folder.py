@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from gammaopt import UsageError
+from gammaopt._files import write_atomically
 from gammaopt.online.record import Curve, RunRecord
 from gammaopt.tuning import StudyPlan
-from gammaopt.tuning._folder import Cell, opened, write_atomically
+from gammaopt.tuning._folder import Cell, opened
 
 PLAN = StudyPlan("digits", steps=3, trials=4, seeds=1, confirm_seeds=2)
 

@@ -1,0 +1,74 @@
+"""``gammaopt portrait``: from a task's name and a grid to a folder with data and a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import cast, get_args
+
+from gammaopt._errors import UsageError, at_least, one_of
+from gammaopt._files import write_atomically
+from gammaopt._laws import Loss
+from gammaopt.diagnostics import Grid, portrait
+from gammaopt.diagnostics._portrait import Unit
+from gammaopt.online import Recipe, get_task
+from gammaopt.online.ensemble import Progress
+from gammaopt.online.train import FAMILIES, OPTIMIZERS, OptimizerName
+from gammaopt.report import ExponentRow, draw_portrait, exponents
+
+BELOW, ABOVE, RATES = 30.0, 10.0, 11  # the default rates: this far around the task's rate at γ = 1, half a decade apart
+
+
+def draw(
+    *,
+    task: str,
+    loss: str | None,
+    optimizer: str,
+    budgets: Sequence[int],
+    gammas: tuple[float, float, int],
+    rates: tuple[float, float, int] | None,
+    unit: str,
+    seeds: int,
+    width: int,
+    depth: int,
+    out: Path | None,
+    device: str,
+    on_progress: Callable[[Progress], object],
+) -> tuple[list[ExponentRow], Path]:
+    """Train what is missing, and write the picture and the exponents into the folder; returns both."""
+    chosen = get_task(task)
+    loss = one_of("loss", loss or chosen.losses[0], chosen.losses)
+    one_of("loss", loss, get_args(Loss)), one_of("optimizer", optimizer, OPTIMIZERS)
+    for budget in budgets:
+        at_least("steps", budget, 1)
+    if len(set(budgets)) < len(budgets):
+        raise UsageError(f"steps={sorted(budgets)} has a budget twice; give each once")
+    at_least("width", width, 1), at_least("depth", depth, 1)
+    if rates is None:
+        if unit != "law":
+            raise UsageError(f"unit={unit} has no default rates; give --rates LO HI N")
+        centre = chosen.base_lr[FAMILIES[optimizer], cast("Loss", loss)]
+        rates = centre / BELOW, centre * ABOVE, RATES
+    grid = Grid.log(gammas, rates, seeds, cast("Unit", unit))
+    recipe = Recipe(
+        partial(chosen.build, width=width, depth=depth),
+        chosen.stream(),
+        cast("Loss", loss),
+        cast("OptimizerName", optimizer),
+        steps=max(budgets),
+        batch_size=chosen.batch_size,
+        depth=float(depth),
+        device=device,
+    )
+    folder = out or Path("runs") / f"portrait-{task}-{loss}-{optimizer}-L{depth}-N{width}-{max(budgets)}"
+    made = portrait(recipe, grid, folder, budgets=budgets, on_progress=on_progress)
+    rows = exponents(made)
+    write_atomically(
+        folder / "exponents.json", json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False) + "\n"
+    )
+    partial_picture = folder / ".portrait.partial.png"
+    draw_portrait(made).savefig(partial_picture, dpi=110)
+    return rows, partial_picture.replace(folder / "portrait.png")

@@ -1,0 +1,240 @@
+"""Phase portraits: cells, resume, extension, mistakes, and the lines drawn on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gammaopt import EtaLaw
+from gammaopt._errors import UsageError
+from gammaopt.diagnostics import Grid, Portrait, portrait
+from gammaopt.diagnostics import _portrait as module
+from gammaopt.diagnostics._portrait import predicted_trained_edge
+from gammaopt.online import MLP, Curve, Digits, Progress, Recipe, Run, RunRecord, train, train_many
+from gammaopt.report import draw_portrait, exponents
+
+RECIPE = Recipe(partial(MLP, 144, 10, width=16), Digits(), "mse", steps=30, batch_size=8, depth=3.0)
+GRID = Grid((0.5, 2.0), (1.0, 4.0, 1e5), (0, 1))
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """The runs that portraits really trained, in order."""
+    runs: list[Run] = []
+    real = train_many
+
+    def spy(recipe: Recipe, cells: list[Run], **options: Any) -> list[RunRecord]:
+        runs.extend(cells)
+        return real(recipe, cells, **options)
+
+    monkeypatch.setattr(module, "train_many", spy)
+    return runs
+
+
+def test_every_cell_is_the_run_of_its_gamma_and_rate(tmp_path: Path) -> None:
+    made = portrait(RECIPE, GRID, tmp_path / "p", budgets=(10, 30))
+    law = EtaLaw(3.0)
+    assert len(made.records) == 2 * 3 * 2 * 2
+    for budget in (10, 30):
+        arrays = made.arrays(budget)
+        for i, gamma in enumerate(GRID.gammas):
+            for j, c in enumerate(GRID.rates):
+                for k, seed in enumerate(GRID.seeds):
+                    alone = train(dataclasses.replace(RECIPE, steps=budget), gamma=gamma, lr=c, seed=seed)
+                    assert arrays["eta"][i, j, k] == pytest.approx(law.lr(c, gamma))
+                    assert arrays["diverged"][i, j, k] == (alone.diverged_at is not None)
+                    assert arrays["accuracy"][i, j, k] == pytest.approx(alone.final_accuracy, abs=1e-3)
+                    expected = math.nan if alone.final_loss is None else alone.final_loss
+                    assert arrays["loss"][i, j, k] == pytest.approx(expected, rel=1e-3, nan_ok=True)
+    saved = np.load(tmp_path / "p" / "portrait.npz")
+    assert saved["gammas"].tolist() == [0.5, 2.0]
+    np.testing.assert_array_equal(saved["loss_30"], made.arrays(30)["loss"])
+
+
+def test_eta_as_unit_is_the_rate_itself(tmp_path: Path) -> None:
+    made = portrait(RECIPE, Grid((0.5, 2.0), (0.3,), unit="eta"), tmp_path)
+    assert [record.effective_lr for record in made.records] == pytest.approx([0.3, 0.3])
+
+
+def test_only_new_cells_are_trained(tmp_path: Path, trained: list[Run]) -> None:
+    first = portrait(RECIPE, GRID, tmp_path)
+    assert len(trained) == 12
+    trained.clear()
+    assert portrait(RECIPE, GRID, tmp_path) == first
+    assert trained == []
+    wider = dataclasses.replace(GRID, gammas=(0.5, 2.0, 8.0), seeds=(0, 1, 2))
+    made = portrait(RECIPE, wider, tmp_path)
+    assert len(trained) == 3 * 3 * 3 - 12
+    assert set(first.records) < set(made.records)
+    trained.clear()
+    assert portrait(RECIPE, GRID, tmp_path) == first
+    assert trained == []
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_a_killed_portrait_goes_on(tmp_path: Path, trained: list[Run]) -> None:
+    whole = portrait(RECIPE, GRID, tmp_path / "whole", budgets=(10, 30))
+
+    def kill(progress: Progress) -> None:
+        if progress.done > 0.5 * progress.total:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        portrait(RECIPE, GRID, tmp_path / "killed", budgets=(10, 30), on_progress=kill)
+    with open(tmp_path / "killed" / "runs.jsonl", "a", encoding="utf-8") as file:
+        # Killed while it wrote the two lines of a run: one is whole, one is not.
+        file.write(whole.records[0].to_json() + "\n" + whole.records[1].to_json()[:30])
+    again = portrait(RECIPE, GRID, tmp_path / "killed", budgets=(10, 30))
+    assert again == whole
+
+
+def test_another_recipe_budget_or_version_is_refused_and_nothing_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    portrait(RECIPE, GRID, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = dataclasses.replace(RECIPE, build=partial(MLP, 144, 10, width=8))
+    with pytest.raises(UsageError, match=r"holds a portrait of another network .*choose another folder"):
+        portrait(other, GRID, tmp_path)
+    with pytest.raises(UsageError, match=r"another loss \(mse there, cross_entropy here\)"):
+        portrait(dataclasses.replace(RECIPE, loss="cross_entropy"), GRID, tmp_path)
+    with pytest.raises(UsageError, match=r"another budgets \(\[30\] there, \[20\] here\)"):
+        portrait(dataclasses.replace(RECIPE, steps=20), GRID, tmp_path)
+    monkeypatch.setattr(module, "_versions", lambda: {"gammaopt": "0.0", "torch": "0.0"})
+    with pytest.raises(UsageError, match=r"another gammaopt \(.* there, 0\.0 here\)"):
+        portrait(RECIPE, GRID, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_folders_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="is a file; choose a folder"):
+        portrait(RECIPE, GRID, tmp_path / "file")
+    with pytest.raises(UsageError, match=r"holds other files \(file\) and no portrait"):
+        portrait(RECIPE, GRID, tmp_path)
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "portrait.json").write_text("{")
+    with pytest.raises(UsageError, match=r"portrait\.json is not a readable portrait"):
+        portrait(RECIPE, GRID, tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Grid((), (1.0,)), "the grid has no gammas; give at least one"),
+        (lambda: Grid((1.0,), ()), "the grid has no rates"),
+        (lambda: Grid((1.0,), (1.0,), ()), "the grid has no seeds"),
+        (lambda: Grid((1.0,), (1.0,), (3, 3)), "seeds has 3 twice; give each once"),
+        (lambda: Grid((1.0, 1.0), (1.0,)), "gammas has 1 twice"),
+        (lambda: Grid((1.0,), (-1.0,)), "rates=-1"),
+        (lambda: Grid((1.0,), (1.0,), unit="foo"), "unknown unit 'foo'; choose one of: law, eta"),  # type: ignore[arg-type]
+        (lambda: Grid.log((1.0, 0.1, 3), (1.0, 2.0, 2)), "gammas from 1 to 0.1 is empty; give the lower end first"),
+        (lambda: Grid.log((1.0, 10.0, 0), (1.0, 2.0, 2)), "number of gammas=0"),
+        (lambda: Grid.log((1.0, 10.0, 1), (1.0, 2.0, 2)), "one of gammas can't span 1 to 10"),
+        (lambda: Grid.log((1.0, 10.0, 2), (1.0, 2.0, 2), 0), "seeds=0"),
+    ],
+)
+def test_a_grid_without_cells_or_with_one_twice(make: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make()
+
+
+def test_a_recipe_must_say_what_the_law_needs(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the recipe has no depth"):
+        portrait(dataclasses.replace(RECIPE, depth=None), GRID, tmp_path)
+    with pytest.raises(UsageError, match="the recipe has no knee"):
+        portrait(dataclasses.replace(RECIPE, parametrization="as_is"), GRID, tmp_path)
+    with pytest.raises(UsageError, match="budget=0"):
+        portrait(RECIPE, GRID, tmp_path, budgets=(0,))
+    assert list(tmp_path.iterdir()) == []
+
+
+def made_up(steps: int = 100) -> Portrait:
+    """A portrait whose edges follow the laws exactly: trained above ∝ η*·plateau/steps, stable below 10·s(γ)."""
+    law = EtaLaw(4.0)
+    grid = Grid.log((0.01, 100.0, 9), (1e-4, 100.0, 61))
+    records = []
+    for budget in (steps, 10 * steps):
+        for gamma in grid.gammas:
+            for rate in grid.rates:
+                eta = law.lr(rate, gamma)
+                trained = eta > predicted_trained_edge(law, gamma) / budget
+                stable = rate < 10
+                loss = (0.01 * (1 + abs(math.log(rate))) if trained else 0.95) if stable else None
+                curve = Curve((1,), (1.0,), (0.0,))
+                records.append(
+                    RunRecord(
+                        gamma,
+                        rate,
+                        0,
+                        budget,
+                        eta,
+                        0.5,
+                        0.5,
+                        0.5,
+                        min(loss, 0.99) if loss else None,
+                        None if stable else 3,
+                        curve,
+                    )
+                )
+    return Portrait(grid, law, (steps, 10 * steps), tuple(records))
+
+
+def test_the_trained_edge_is_found_and_moves_with_the_budget_as_the_plateau_law_says() -> None:
+    made = made_up()
+    for budget in made.budgets:
+        edges = made.trained_edge(budget)
+        for gamma, eta in edges.items():
+            assert eta == pytest.approx(predicted_trained_edge(made.law, gamma) / budget, rel=0.3)
+    # η*·plateau: γ^(2/4)·γ^(1 − 2/4) = γ above the knee, γ² below.
+    assert predicted_trained_edge(made.law, 100.0) == pytest.approx(100.0)
+    assert predicted_trained_edge(made.law, 0.1) == pytest.approx(0.01)
+
+
+def test_exponents_are_those_of_the_law() -> None:
+    rows = exponents(made_up())
+    assert {(row.budget, row.what, row.side) for row in rows} == {
+        (budget, what, side)
+        for budget in (100, 1000)
+        for what in ("best rate", "stable edge")
+        for side in ("γ ≤ 1", "γ ≥ 1")
+    }
+    for row in rows:
+        assert row.predicted == (2.0 if row.side == "γ ≤ 1" else 0.5)
+        assert row.measured == pytest.approx(row.predicted, abs=0.02)
+        assert row.interval[0] - 1e-9 <= row.measured <= row.interval[1] + 1e-9
+
+
+def test_the_picture_has_a_column_for_each_budget_and_hatches_what_diverged() -> None:
+    made = made_up()
+    figure = draw_portrait(made)
+    planes = [axes for axes in figure.axes if axes.get_xscale() == "log"]
+    assert len(planes) == 4
+    for axes in planes:
+        hatched = [c for c in axes.collections if c.get_hatch()]
+        assert len(hatched) == 1
+        assert len(hatched[0].get_paths()) == int(np.isnan(made.arrays(100)["loss"]).sum())
+        labels = {line.get_label() for line in axes.lines}
+        assert {"stable edge ∝ γ²", "stable edge ∝ γ", "stable edge ∝ γ^0.5", "not trained yet below"} <= labels
+    (edge,) = [line for line in planes[0].lines if line.get_label() == "stable edge ∝ γ^0.5"]
+    x, y = np.asarray(edge.get_xdata(), float), np.asarray(edge.get_ydata(), float)
+    assert np.polyfit(np.log(x), np.log(y), 1)[0] == pytest.approx(0.5)
+    assert y[0] == pytest.approx(10.0, rel=0.2)
+
+
+def test_a_grid_of_one_cell_still_has_a_picture(tmp_path: Path) -> None:
+    made = portrait(RECIPE, Grid((2.0,), (1.0,)), tmp_path)
+    assert exponents(made) == []
+    draw_portrait(made).savefig(tmp_path / "one.png")
+    assert (tmp_path / "one.png").stat().st_size > 5_000
+    assert json.loads((tmp_path / "portrait.json").read_text())["budgets"] == [30]

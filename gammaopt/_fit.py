@@ -23,6 +23,7 @@ from gammaopt._errors import UsageError, one_of
 Interval = tuple[float, float]
 Of = Literal["best", "edge"]
 RESAMPLES = 1000
+ALIVE = 0.95  # of the loss of f = 0; a run whose ReLUs died ends at about that loss, or at that of a constant
 FEWEST = 3  # distinct γ on a side of the bend that give its slope
 BENDS = 81  # candidates for the bend, log-spaced over the middle of the range of γ
 
@@ -77,8 +78,9 @@ def critical_rates(records: Iterable[Record], of: Of) -> tuple[Point, ...]:
     """For each γ and seed, the best rate (``"best"``) or the largest stable one (``"edge"``).
 
     The best rate is the vertex of a parabola through the lowest log held-out loss and its neighbours in log η. The
-    edge lies half-way, in log η, between the largest rate that ends below the loss of f = 0 and the next one. A γ
-    whose best rate is the first or last tried, or whose edge was not reached, gives no point: its range is too small.
+    edge lies half-way, in log η, between the largest rate that ends 5 % below the loss of f = 0, or lower, and the
+    next one: a run that blew up and died without a number overflowing is not stable. A γ whose best rate is the first
+    or last tried, or whose edge was not reached, gives no point: its range is too small.
     """
     one_of("of", of, ("best", "edge"))
     cells: dict[tuple[float, int], list[Record]] = defaultdict(list)
@@ -112,7 +114,7 @@ def _best(runs: Sequence[Record]) -> float | None:
 
 
 def _edge(runs: Sequence[Record]) -> float | None:
-    stable = [run.final_loss is not None and run.final_loss < run.curve.loss[0] for run in runs]
+    stable = [run.final_loss is not None and run.final_loss < ALIVE * run.curve.loss[0] for run in runs]
     if not any(stable) or stable[-1]:
         return None
     last = max(i for i, good in enumerate(stable) if good)

@@ -11,6 +11,7 @@ from typing import Literal
 
 import depth
 import knee
+import phase_portrait
 import pytest
 import residual
 import width_transfer
@@ -92,3 +93,26 @@ def test_best_rate_stays_within_a_factor_two_over_widths() -> None:
     contrast = {(row["start"], row["optimizer"]): row["measured"] for row in rows if row["form"] == "plain"}
     assert contrast["torch", "adam"] > 2
     assert contrast["normal", "sgd"] > 2
+
+
+def test_smoke_portrait_decides_its_claims_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--preset", "smoke", "--results", str(tmp_path), "--work", str(tmp_path / "work")]
+    phase_portrait.main(words)
+    first = capsys.readouterr().out
+    rows = json.loads((tmp_path / "smoke.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["what"].partition(",")[0] for row in rows] == ["best rate off the law", "edge exponent"]
+    assert all(row["low"] <= row["measured"] <= row["high"] for row in rows)
+    assert rows[1]["measured"] == pytest.approx(1.0, abs=0.3)
+    assert (tmp_path / "smoke.png").stat().st_size > 5_000
+    runs = tmp_path / "work" / "smoke" / "sgd-mse-L2-60" / "runs.jsonl"
+    before = runs.read_bytes()
+    phase_portrait.main(words)
+    assert capsys.readouterr().out == first
+    assert runs.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_portraits_meet_their_bars(tmp_path: Path) -> None:
+    phase_portrait.main(["--preset", "cpu", "--results", str(tmp_path), "--work", str(tmp_path / "work")])
+    rows = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))["rows"]
+    assert [row for row in rows if not row["holds"]] == []

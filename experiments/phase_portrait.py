@@ -1,0 +1,184 @@
+"""Phase portraits of an MLP on augmented digits: stable edges, best rates and the budget's lower edge against the laws.
+
+    python experiments/phase_portrait.py --preset cpu
+
+Width 64 in mean-field form, float64, one pass. Upper edges: γ² below 1 and γ^(2/L) above for SGD and MSE, γ below 1
+for SGD and cross-entropy, γ^(1/L) above 1 for Adam. Lower edge, where a budget of T steps just trains:
+∝ η*(γ)·plateau(γ)/T, which is γ/T for γ ≥ 1 under SGD. The cells are kept in --work, so a killed run goes on and a
+second one computes nothing.
+Writes results/phase_portrait/PRESET.json and .png and prints predicted | measured | interval | holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from _sweep import parser, slope, write
+
+from gammaopt._fit import critical_rates, fit_slopes
+from gammaopt.diagnostics import Grid, Portrait, portrait
+from gammaopt.online import MLP, Digits, Recipe
+from gammaopt.report import draw_portrait
+
+
+@dataclass(frozen=True)
+class Case:
+    """One portrait; γ and c in η = c·s(γ) as (lowest, highest, how many)."""
+
+    optimizer: str
+    loss: str
+    depth: int
+    gammas: tuple[float, float, int]
+    rates: tuple[float, float, int]
+    budgets: tuple[int, ...] = (300,)
+    seeds: int = 2
+
+    @property
+    def name(self) -> str:
+        """Short, a folder's name too."""
+        return f"{self.optimizer}-{self.loss}-L{self.depth}-{max(self.budgets)}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is predicted, what was measured, and whether it holds."""
+
+    case: str
+    what: str
+    predicted: float
+    measured: float
+    low: float
+    high: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """Within the tolerance of the prediction."""
+        return abs(self.measured - self.predicted) <= self.tolerance
+
+
+SGD = Case("sgd", "mse", 2, (0.01, 1000.0, 11), (1.5, 300.0, 24), seeds=4)
+LOWER = Case("sgd", "mse", 3, (1.0, 100.0, 5), (0.02, 60.0, 22), (100, 300, 1000))
+CPU = (
+    SGD,
+    replace(SGD, depth=3),
+    replace(SGD, depth=5),
+    Case("sgd", "cross_entropy", 3, (0.03, 1.0, 7), (0.1, 1000.0, 25)),
+    Case("adam", "mse", 3, (1.0, 1000.0, 7), (0.03, 30.0, 19)),
+    LOWER,
+)
+PRESETS = {
+    "smoke": (replace(SGD, gammas=(1.0, 30.0, 4), rates=(2.0, 1000.0, 9), budgets=(60,), seeds=1),),
+    "cpu": CPU,
+    "gpu": tuple(
+        replace(case, seeds=8, budgets=tuple(3 * budget for budget in case.budgets), rates=(*case.rates[:2], 41))
+        for case in CPU
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options_parser = parser(__doc__, "phase_portrait", PRESETS)
+    options_parser.add_argument(
+        "--work", type=Path, default=Path("runs") / "phase_portrait", help="where cells are kept"
+    )
+    options = options_parser.parse_args(argv)
+    cases = PRESETS[options.preset]
+    device = "cuda" if options.preset == "gpu" else "cpu"
+    portraits = {case: draw(case, options.work / options.preset / case.name, device) for case in cases}
+    claims = [claim for case, made in portraits.items() for claim in examine(case, made)]
+    rows = [{**asdict(claim), "holds": claim.holds} for claim in claims]
+    path = write(options.results, options.preset, {"rows": rows})
+    shown = next((made for case, made in portraits.items() if case.depth == 3), next(iter(portraits.values())))
+    draw_portrait(shown).savefig(path.with_suffix(".png"), dpi=110)
+    print("| case | what | predicted | measured | interval | holds |\n|---|---|---|---|---|---|")
+    for claim in claims:
+        print(
+            f"| {claim.case} | {claim.what} | {claim.predicted:.2f} ± {claim.tolerance:g} | {claim.measured:.2f} "
+            f"| {claim.low:.2f} … {claim.high:.2f} | {'yes' if claim.holds else 'no'} |"
+        )
+
+
+def draw(case: Case, folder: Path, device: str = "cpu") -> Portrait:
+    """Train the case's cells."""
+    recipe = Recipe(
+        partial(MLP, 144, 10, width=64, depth=case.depth),
+        Digits(),
+        case.loss,  # type: ignore[arg-type]
+        case.optimizer,  # type: ignore[arg-type]
+        max(case.budgets),
+        depth=float(case.depth),
+        device=device,
+        dtype=torch.float64,
+    )
+    return portrait(recipe, Grid.log(case.gammas, case.rates, case.seeds), folder, budgets=case.budgets)
+
+
+def examine(case: Case, made: Portrait) -> list[Claim]:
+    """The claims that this portrait can decide."""
+    if len(case.budgets) > 1:
+        return lower_edge(case, made)
+    claims = []
+    if (case.optimizer, case.loss) == ("sgd", "mse"):
+        claims.append(spread_of_best_rate(case, made, 0.01 if case.depth <= 3 else 1.0))
+    law = made.law
+    if case.loss == "cross_entropy":
+        claims.append(edge_exponent(case, made, "edge exponent, 0.03 ≤ γ ≤ 1", law.lazy, 0.3))
+    else:
+        claims.append(edge_exponent(case, made, "edge exponent, γ ≥ 1", law.rich, 0.1))
+    return claims
+
+
+def spread_of_best_rate(case: Case, made: Portrait, lowest: float) -> Claim:
+    """How far, in decades, the best c strays from its middle over γ ≥ ``lowest``: 0 if the law is exact."""
+    logs: dict[float, list[float]] = {}
+    for point in critical_rates(made.records, "best"):
+        if point.gamma >= lowest * (1 - 1e-6):
+            logs.setdefault(point.gamma, []).append(math.log10(point.lr / made.law.factor(point.gamma)))
+    means = [sum(values) / len(values) for values in logs.values()]
+    middle = (max(means) + min(means)) / 2
+    stray = max(abs(mean - middle) for mean in means)
+    return Claim(
+        case.name, f"best rate off the law, decades, γ ≥ {lowest:g} ({len(means)} γ)", 0.0, stray,
+        min(means) - middle, max(means) - middle, 0.25,
+    )  # fmt: skip
+
+
+def edge_exponent(case: Case, made: Portrait, what: str, predicted: float, tolerance: float) -> Claim:
+    """Slope of the stable edge on one side of γ = 1."""
+    rich = "≥" in what
+    points = [p for p in critical_rates(made.records, "edge") if (p.gamma >= 0.999 if rich else p.gamma <= 1.001)]
+    slopes = fit_slopes(points, bend=1.0)
+    measured, interval = (slopes.rich, slopes.rich_interval) if rich else (slopes.lazy, slopes.lazy_interval)
+    if measured is None or interval is None:
+        raise ValueError(f"{case.name}: too few γ have their stable edge inside the rates; widen the grid")
+    return Claim(case.name, what, predicted, measured, *interval, tolerance)
+
+
+def lower_edge(case: Case, made: Portrait) -> list[Claim]:
+    """How the smallest rate that trains moves with γ (γ ≥ 1) and with the budget."""
+    edges = {budget: made.trained_edge(budget) for budget in case.budgets}
+    longest = edges[max(case.budgets)]
+    in_gamma, error = slope([math.log(g) for g in longest], [math.log(eta) for eta in longest.values()])
+    claims = [Claim(case.name, f"lower edge in γ ({len(longest)} γ)", 1.0, in_gamma, in_gamma - 2 * error,
+                    in_gamma + 2 * error, 0.2)]  # fmt: skip
+    slopes = []
+    for gamma in longest:
+        found = [
+            (math.log(budget), math.log(edges[budget][gamma])) for budget in case.budgets if gamma in edges[budget]
+        ]
+        if len(found) > 1:
+            slopes.append(slope([x for x, _ in found], [y for _, y in found])[0])
+    if slopes:
+        mean = sum(slopes) / len(slopes)
+        claims.append(Claim(case.name, "lower edge in the budget", -1.0, mean, min(slopes), max(slopes), 0.2))
+    return claims
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from reference import NAMES, bare, model_and_data, ours, theirs
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 from torch_cases import Bad, torch_cases
 
 import gammaopt
@@ -34,7 +35,8 @@ def parameters_of(case: Bad) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_error_input_of_torchs_tests_is_refused_in_the_same_words(name: str) -> None:
     cases = torch_cases()[name].errors
-    assert len(cases) >= 8
+    # torch 2.15 has one more for SGD than the releases before it.
+    assert len(cases) >= (8 if name != "SGD" or torch.__version__ >= TorchVersion("2.15") else 7)
     for case in cases:
         assert case.raised_on == "CONSTRUCTION_ERROR", case.what
         expected = raised(lambda case=case: theirs(name)(parameters_of(case), **case.options))

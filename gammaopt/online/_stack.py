@@ -24,6 +24,10 @@ ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 ADAMW_DECAY = 1e-2
 
 
+class CannotStackError(UsageError):
+    """The network can't be run for several runs at once; one at a time it can."""
+
+
 @dataclass
 class Seed:
     """What runs of a seed share: the network at initialisation, its plan, the batches, and h₀ on them."""
@@ -67,11 +71,18 @@ class Seeds:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self._made: dict[int, Seed] = {}
+        self._batches: dict[int, Batches] = {}
+
+    def batches(self, seed: int) -> Batches:
+        """The training batches of a seed; no more is made for them."""
+        if seed not in self._batches:
+            recipe = self.recipe
+            self._batches[seed] = Batches(recipe.stream, seed, recipe.steps, recipe.batch_size, recipe.device)
+        return self._batches[seed]
 
     def __getitem__(self, seed: int) -> Seed:
         if seed not in self._made:
-            recipe = self.recipe
-            batches = Batches(recipe.stream, seed, recipe.steps, recipe.batch_size, recipe.device)
+            recipe, batches = self.recipe, self.batches(seed)
             with seeded(recipe.device, seed):
                 model = fresh_model(recipe, 1.0, batches[0][0], center="none")
             plan = cast("Plan", model.gammaopt)
@@ -80,6 +91,12 @@ class Seeds:
             initial = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
             self._made[seed] = Seed(recipe, net, plan, batches, initial)
         return self._made[seed]
+
+    def forget(self, *, but: int) -> None:
+        """Drop what was made, but for the last ``but`` seeds: each may hold its whole pass."""
+        for made in (self._made, self._batches):
+            for seed in list(made)[: max(0, len(made) - but)]:
+                del made[seed]
 
     def scales(self, run: Run) -> Mapping[str, Scale]:
         plan = dataclasses.replace(self[run.seed].plan, gamma=run.gamma)
@@ -91,12 +108,12 @@ def _check_module(net: nn.Module) -> None:
     for name, module in net.named_modules():
         where = f"{name or 'the network'} ({type(module).__name__})"
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-            raise UsageError(
+            raise CannotStackError(
                 f"{where} accumulates running statistics, which a stack of runs can't; "
                 "set track_running_stats=False, use GroupNorm or LayerNorm, or give one_at_a_time=True"
             )
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            raise UsageError(
+            raise CannotStackError(
                 f"{where} draws at random, so a run would depend on its neighbours; set p=0, or give one_at_a_time=True"
             )
 
@@ -248,7 +265,7 @@ def _check_fixed(seeds: Seeds, runs: list[Run], fixed: dict[str, Tensor]) -> Non
     for seed in {run.seed for run in runs}:
         for name, tensor in fixed.items():
             if not torch.equal(seeds[seed].initial[name], tensor):
-                raise UsageError(
+                raise CannotStackError(
                     f"parameter {name!r} is frozen but drawn anew for each seed, which a stack of several seeds can't "
                     "hold; make it the same for all seeds, or give one_at_a_time=True"
                 )
@@ -310,7 +327,7 @@ def check_forward(stack: Stack) -> None:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(
+        raise CannotStackError(
             f"{inside[-1] if inside else 'the network'} can't be run for several networks at once: {reason} "
             "Change that module (no in-place writes to buffers, no branching on values), or give one_at_a_time=True"
         ) from error

@@ -71,7 +71,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> NoReturn:
         pytest.fail("a finished run was trained again")
 
-    monkeypatch.setattr(gammaopt.tuning._workers, "train", refuse)
+    monkeypatch.setattr(gammaopt.tuning._workers, "train_many", refuse)
 
 
 def runs_of(out: Path) -> list[tuple[float, float, int]]:

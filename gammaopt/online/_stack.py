@@ -213,20 +213,33 @@ class Stack:
     def train_step(self) -> tuple[Tensor, Tensor]:
         """One step of all runs; their losses and shares of right answers before it, (K,)."""
         inputs, targets, frozen = self.batch()
+        self.step += 1
+        return self.advance(inputs, targets, None if self.step == 1 else frozen, self.corrections())
+
+    def corrections(self) -> tuple[float, float]:
+        """What Adam's two averages are divided by at this step: 1 − β₁^t, and √(1 − β₂^t) for the root."""
+        beta1, beta2 = ADAM_BETAS
+        return 1 - beta1**self.step, math.sqrt(1 - beta2**self.step)
+
+    def advance(
+        self, inputs: Tensor, targets: Tensor, frozen: Tensor | None, corrections: Sequence[float] | Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The step itself, all on the device: ``frozen`` is h₀, ``None`` at θ₀."""
         with torch.enable_grad():
             output = self.outputs(inputs)
             # At θ₀ the difference is 0 to the last bit, which a sum in another order need not be.
-            output = (output - (frozen if self.step else output.detach())) / self._gammas.view(-1, 1, 1)
+            output = (output - (output.detach() if frozen is None else frozen)) / self._gammas.view(-1, 1, 1)
             losses = stacked_loss(self.recipe.loss, output, targets)
             gradients = torch.autograd.grad(losses.sum(), self._leaves)
-        self.step += 1
         with torch.no_grad():
             shares = stacked_hits(output, targets).to(losses.dtype).mean(-1)
             for (name, stacked), gradient in zip(self.parameters.items(), gradients, strict=True):
-                self._update(name, stacked, gradient.view_as(stacked))
+                self._update(name, stacked, gradient.view_as(stacked), corrections)
         return losses.detach(), shares
 
-    def _update(self, name: str, stacked: Tensor, gradient: Tensor) -> None:
+    def _update(
+        self, name: str, stacked: Tensor, gradient: Tensor, corrections: Sequence[float] | Sequence[Tensor]
+    ) -> None:
         shape = (-1, *[1] * (stacked.dim() - 1))
         rate = self._rates[name].view(shape)
         if self.recipe.optimizer == "sgd":
@@ -239,8 +252,8 @@ class Stack:
             stacked.mul_(1 - self._lrs.view(shape) * ADAMW_DECAY)
         first = self.states[0][name].lerp_(gradient, 1 - beta1)
         second = self.states[1][name].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        root = (second.sqrt() / math.sqrt(1 - beta2**self.step)).add_(self._eps[name].view(shape))
-        stacked.sub_((first * (rate / (1 - beta1**self.step))).div_(root))
+        root = (second.sqrt() / corrections[1]).add_(self._eps[name].view(shape))
+        stacked.sub_((first * (rate / corrections[0])).div_(root))
 
     @torch.no_grad()
     def scores(self) -> list[tuple[float, float]]:

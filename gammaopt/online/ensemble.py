@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from gammaopt._errors import UsageError, at_least, positive
 from gammaopt._laws import SMALLEST_FLOAT32_GAMMA
 from gammaopt.online._checkpoint import Scores, restore, save
+from gammaopt.online._graph import Stepper
 from gammaopt.online._stack import CannotStackError, Seeds, Stack, Traces, check_forward
 from gammaopt.online.record import RunRecord
 from gammaopt.online.train import FAMILIES, LOOK_EVERY, Recipe, Run, first_bad, summarise, train
@@ -233,12 +234,12 @@ def _train_stack(
         progress.add(stack.step * len(runs))
     if stack.step == 0 and len(runs) > 1:
         check_forward(stack)
-    saved = time.monotonic()
+    saved, take_step = time.monotonic(), Stepper(stack)
     while stack.step < steps and stack.runs:
         until = min(steps, stack.step + LOOK_EVERY, *(end for end in ends if end > stack.step))
         began = stack.step
         while stack.step < until:
-            traces.add(*stack.train_step())
+            traces.add(*take_step())
         traces.look(stack.runs)
         alive = [i for i, run in enumerate(stack.runs) if first_bad(traces.losses[run]) is None]
         if len(alive) < len(stack.runs):

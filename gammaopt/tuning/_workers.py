@@ -30,7 +30,7 @@ from gammaopt.online.train import Recipe, Run
 from gammaopt.tuning._folder import Cell
 from gammaopt.tuning._plan import StudyPlan
 
-SHARE = 48  # cells that a process trains at a time: more gain little, and a kill would cost as much more
+SHARE = 96  # cells that a process trains at a time: more gain little, and a kill would cost as much more
 
 
 class Trainer:
@@ -58,12 +58,14 @@ class Trainer:
 
 
 class Workers:
-    """``jobs`` processes that train cells; with ``jobs=1`` it is this process. A context manager."""
+    """``jobs`` processes that train cells; with ``jobs=1`` it is this process. A context manager.
 
-    def __init__(self, plan: StudyPlan, jobs: int) -> None:
-        self._plan, self._jobs = plan, jobs
+    ``stack`` is how many runs may be trained together, and 0 for none; what :func:`together` finds if ``None``.
+    """
+
+    def __init__(self, plan: StudyPlan, jobs: int, stack: int | None = None) -> None:
+        self._plan, self._jobs, self._stack = plan, jobs, stack
         self._trainer: Trainer | None = None
-        self._stack: int | None = None
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Workers:

@@ -18,7 +18,7 @@ from gammaopt.online.ensemble import together
 from gammaopt.tuning import StudyPlan, tune
 from gammaopt.tuning._folder import Cell
 from gammaopt.tuning._search import _batch_end
-from gammaopt.tuning._workers import Trainer, Workers, _shares
+from gammaopt.tuning._workers import SHARE, Trainer, Workers, _shares
 
 PLAN = StudyPlan("digits", "mse", steps=12, trials=8, seeds=2, confirm_seeds=2, gamma_range=(0.1, 10.0))
 CELLS = [Cell(gamma, lr, seed) for gamma in (0.2, 5.0) for lr in (4.0, 1e5) for seed in (0, 1, 2)]
@@ -114,7 +114,7 @@ def test_shares_keep_every_process_busy(jobs: int, size: int, expected: list[int
 
 def test_how_many_runs_train_together_follows_from_the_network() -> None:
     recipe = Recipe(partial(MLP, 144, 10, width=64), Digits(), steps=5, batch_size=8, depth=3.0)
-    assert together(recipe) > 48
+    assert together(recipe) > SHARE
     assert together(replace(recipe, build=partial(MLP, 144, 10, width=512))) == 1
     assert together(replace(recipe, build=partial(CNN, (1, 12, 12), 10, width=4, depth=3))) == 1
     assert together(replace(recipe, build=with_dropout, parametrization="as_is")) == 0

@@ -266,17 +266,16 @@ class Wrapped(nn.Module):
 
 
 def frozen(start: nn.Module) -> nn.Module:
-    """θ₀'s copy: no gradients, and batch statistics that are used but never accumulated nor counted."""
+    """θ₀'s copy: no gradients.
+
+    Its normalisation layers keep running statistics of their own, those of h₀, over the batches that the model's own
+    layers see: in evaluation h and h₀ are then normalised alike, and f stays 0 as long as θ = θ₀. With statistics kept
+    from the start, (0, 1), f in evaluation would be off by what those do to h₀, over γ.
+    """
     start.requires_grad_(False)
     # Hooks on the whole run once, around f: what they make of the inputs is what the copy is given.
     start._forward_pre_hooks.clear()
     start._forward_hooks.clear()
-    for module in start.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            # In training the batch's statistics, in evaluation the running ones, as ever: those are there.
-            module.track_running_stats = False
-        elif isinstance(module, nn.modules.instancenorm._InstanceNorm):
-            module.momentum = 0.0  # there the flag would also choose the statistics of evaluation
     return start
 
 

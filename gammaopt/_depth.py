@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from gammaopt._errors import UsageError
-from gammaopt._probe import Inputs, Output, accumulator, probe, probing, trainable
+from gammaopt._probe import Inputs, Output, accumulator, measurable, probe, probing, trainable
 
 # How torch's layers name their biases: bias, bias_ih_l0 and bias_k, in_proj_bias.
 BIASES = ("bias", "in_proj_bias")
@@ -60,11 +60,12 @@ def effective_depth(
     """
     parameters = list(trainable(model).values())
     with probing(model), _zeroed(model, zero_biases), torch.enable_grad():
-        h = probe(model, inputs, output)
+        h = measurable(model, probe(model, inputs, output))
         energy = h.to(accumulator(h)).square().sum()
         gradients = torch.autograd.grad(energy / 2, parameters, allow_unused=True) if h.requires_grad else ()
         pairs = zip(parameters, gradients, strict=bool(gradients))
-        radial = sum((p.detach().to(accumulator(p)) * g).sum().item() for p, g in pairs if g is not None)
+        # A complex parameter is two real ones: Re(θ̄·∂h/∂θ) is their sum.
+        radial = sum((p.detach().to(accumulator(p)).conj() * g).sum().real.item() for p, g in pairs if g is not None)
     squared = energy.item()
     if not (math.isfinite(squared) and squared > 0):
         raise UsageError(

@@ -134,6 +134,20 @@ def probe(model: nn.Module, inputs: Inputs, output: Output | None = None) -> Ten
     return found
 
 
+def measurable(model: nn.Module, h: Tensor) -> Tensor:
+    """``h``, if it has values.
+
+    Raises:
+        UsageError: on the meta device, which has none.
+    """
+    if h.is_meta:
+        raise UsageError(
+            f"{type(model).__name__} is on the meta device, where nothing can be measured; give depth= and knee=, "
+            "or a net and inputs with values"
+        )
+    return h
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that require a gradient, by name.
 
@@ -147,5 +161,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def accumulator(tensor: Tensor) -> torch.dtype:
-    """The dtype to sum in: float64 where the device has it."""
+    """The dtype to sum in: float64, or complex128, where the device has it."""
+    if tensor.is_complex():
+        return torch.complex64 if tensor.device.type == "mps" else torch.complex128
     return torch.float32 if tensor.device.type == "mps" else torch.float64

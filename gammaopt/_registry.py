@@ -68,6 +68,8 @@ def owners(parameters: Sequence[Tensor]) -> list[Owner | None]:
         for name, parameter in model.named_parameters():
             if id(parameter) not in wanted:
                 continue
+            if found.get(id(parameter)) == Owner(plan, name):  # a shallow copy of the same model
+                continue
             if id(parameter) in found:
                 raise UsageError(
                     f"parameter {name!r} {tuple(parameter.shape)} belongs to two wrapped models; unwrap one of them"

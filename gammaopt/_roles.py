@@ -35,7 +35,7 @@ RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 # One factor for each unit, or a single one: norms' gains, timm's and HF's layer scales, ScaleNorm, logit scales.
 GAINS = ("scale", "gain", "gamma", "beta", "alpha", "lambda", "temperature", "norm")
 TOKENS = ("cls_token", "class_token", "dist_token", "mask_token", "reg_token", "pos_embed", "pos_embedding", "position")
-LOW_RANK = ("lora_A", "lora_B")
+LOW_RANK = ("lora_a", "lora_b")  # PEFT writes them with a capital, torchtune without
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Rule:
         """Mean-field scale a = std(w) of a weight: fan_in^(-1/2), 1/fan_in for the readout, 1 for an embedding."""
         if self.role == "embedding":
             return 1.0
-        if self.fan_in is None:
+        if not self.fan_in:  # none, or a layer without inputs
             return None
         return 1.0 / self.fan_in if self.role == "readout weight" else self.fan_in**-0.5
 
@@ -121,7 +121,8 @@ def _stated(name: str, shape: tuple[int, ...], role: Role) -> Rule:
 
 def _read_off(name: str, leaf: str, shape: tuple[int, ...], owner: nn.Module, *, is_readout: bool) -> Rule:
     if isinstance(owner, LAYERS) and leaf == "weight":
-        return Rule(name, shape, "readout weight" if is_readout else "weight", fan_in(owner, shape), fresh=True)
+        fresh = not _low_rank(name)
+        return Rule(name, shape, "readout weight" if is_readout else "weight", fan_in(owner, shape), fresh=fresh)
     if isinstance(owner, LAYERS) and leaf == "bias":
         return Rule(name, shape, "readout bias" if is_readout else "bias", fresh=True)
     if isinstance(owner, LOOKUPS) and leaf == "weight":
@@ -143,7 +144,7 @@ def _read_off_name(name: str, leaf: str, shape: tuple[int, ...], owner: str) -> 
     """A plain ``nn.Parameter`` of a module nobody knows: by the names that are usual, its own or its module's."""
     if any(token in leaf for token in TOKENS):
         return _vector(name, shape, "embedding")
-    if len(shape) == 2 and any(part in name for part in LOW_RANK):
+    if len(shape) == 2 and _low_rank(name):
         return Rule(name, shape, "weight", float(shape[1]))
     if len(shape) <= 1 or math.prod(shape) == 1:
         if "bias" in leaf:
@@ -151,6 +152,10 @@ def _read_off_name(name: str, leaf: str, shape: tuple[int, ...], owner: str) -> 
         if any(part in leaf.lower() for part in GAINS) or "norm" in owner or "scale" in owner:
             return _vector(name, shape, "norm")
     return Rule(name, shape, "other")
+
+
+def _low_rank(name: str) -> bool:
+    return any(part in name.lower() for part in LOW_RANK)
 
 
 def _vector(name: str, shape: tuple[int, ...], role: Role) -> Rule:

@@ -21,10 +21,10 @@ from gammaopt._errors import UsageError, one_of, positive
 from gammaopt._knee import knee as measure_knee
 from gammaopt._laws import SMALLEST_FLOAT32_GAMMA, Loss
 from gammaopt._plan import Base, Parametrization, Plan
-from gammaopt._probe import Inputs, Output, probe, probing, trainable
+from gammaopt._probe import Inputs, Output, measurable, probe, probing, trainable
 from gammaopt._residual import Residual
 from gammaopt._roles import Role, Rule, layers_in_order, rules_for
-from gammaopt._wrapped import Wrapped, wrapped_class
+from gammaopt._wrapped import Wrapped, frozen, wrapped_class
 
 Center = Literal["copy", "zero_readout", "none"]
 Net = TypeVar("Net", bound=nn.Module)
@@ -143,7 +143,7 @@ def wrap(
     net.__class__ = wrapped_class(type(net))  # type: ignore[assignment]
     # Not through nn.Module.__setattr__, which would make the copy a submodule and list its parameters as trainable.
     net.__dict__.update(
-        gammaopt=plan, _gammaopt_reference=_freeze(start) if center == "copy" else None, _gammaopt_output=output
+        gammaopt=plan, _gammaopt_reference=frozen(start) if center == "copy" else None, _gammaopt_output=output
     )
     _registry.register(net)
     _registry.changed()  # an optimizer that holds these parameters already must see that
@@ -274,6 +274,9 @@ def _check_net(net: nn.Module) -> None:
     if not any(parameter.requires_grad for parameter in net.parameters()):
         why = "; call requires_grad_(True) on some" if any(True for _ in net.parameters()) else ""
         raise UsageError(f"{name} has no trainable parameters: there is nothing to train{why}")
+    for part, parameter in net.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise UsageError(f"parameter {part!r} of this {name} has no shape yet; run one batch before wrapping")
     if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or name.startswith("FSDP"):
         raise UsageError(f"net is prepared for several processes already; wrap it before it becomes a {name}")
     if "forward" in vars(net):
@@ -333,10 +336,13 @@ def _initialise(net: nn.Module, rules: tuple[Rule, ...]) -> None:
         for rule in rules:
             if not rule.fresh or rule.name not in parameters:
                 continue
-            if rule.scale is not None:
-                parameters[rule.name].normal_(0.0, rule.scale)
-            else:
+            if rule.scale is None:
                 parameters[rule.name].zero_()
+                continue
+            parameters[rule.name].normal_(0.0, rule.scale)
+            padding = getattr(net.get_submodule(rule.name.rpartition(".")[0]), "padding_idx", None)
+            if rule.role == "embedding" and padding is not None:  # that row has no gradient: it would stay as drawn
+                parameters[rule.name][padding].zero_()
 
 
 def _scale_readout(net: nn.Module, rules: tuple[Rule, ...], base: Base) -> None:
@@ -354,28 +360,22 @@ def _zero_readout(net: nn.Module, readout: str | None, inputs: Inputs, output: O
     layer = net.get_submodule(readout)
     if not any(parameter.requires_grad for parameter in layer.parameters()):
         raise UsageError(f"readout {readout!r} is frozen and would stay at 0; use center='copy'")
+    own = list(layer.parameters())
+    for part, module in net.named_modules():
+        if any(module is each for each in layer.modules()):
+            continue
+        if any(parameter is each for parameter in module.parameters(recurse=False) for each in own):
+            raise UsageError(f"readout {readout!r} is tied to {part!r}, which would be 0 with it; use center='copy'")
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.zero_()
         with probing(net):
-            largest = float(probe(net, inputs, output).abs().max())
-    if largest > 0:
+            largest = float(measurable(net, probe(net, inputs, output)).abs().max())
+    if not largest == 0:  # a weight-normalised readout divides 0 by 0
         raise UsageError(
             f"with its readout {readout!r} at 0 the output of {type(net).__name__} is still {largest:.3g}; "
             "use center='copy'"
         )
-
-
-def _freeze(start: nn.Module) -> nn.Module:
-    """θ₀'s copy: no gradients, and batch statistics that are used but never accumulated nor counted."""
-    start.requires_grad_(False)
-    for module in start.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            # In training the batch's statistics, in evaluation the running ones, as ever: those are there.
-            module.track_running_stats = False
-        elif isinstance(module, nn.modules.instancenorm._InstanceNorm):
-            module.momentum = 0.0  # there the flag would also choose the statistics of evaluation
-    return start
 
 
 def _warn_if_imprecise(net: nn.Module, gamma: float) -> None:

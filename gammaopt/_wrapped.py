@@ -7,8 +7,10 @@ function, so it is moved, cast, copied, pickled, saved and loaded with the model
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import math
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -52,6 +54,7 @@ class Wrapped(nn.Module):
                 f"θ₀ of {type(self).__name__} was on the meta device and to_empty() made its memory without values; "
                 "load a checkpoint of the wrapped model, or wrap the net after it was initialised"
             )
+        self._gammaopt_follow(reference)
         with _same_draws_and_kernels(reference) as rewind:
             with torch.no_grad():
                 start = select(reference(*args, **kwargs), output, self)
@@ -64,6 +67,17 @@ class Wrapped(nn.Module):
                 "was wrapped; call gammaopt.unwrap on the model and wrap it again"
             )
         return replaced(returned, output, (h - start) / gamma)
+
+    def _gammaopt_follow(self, reference: nn.Module) -> None:
+        """Put the frozen copy's parts in the modes of the model's: a part may be in ``eval()`` by itself."""
+        fill = self.__dict__.pop("_gammaopt_unsaved", False)
+        for module, twin in zip(self.modules(), reference.modules(), strict=False):
+            if twin.training != module.training:
+                twin.training = module.training
+            if fill:
+                for name in twin._non_persistent_buffers_set:
+                    kept = module._buffers[name]
+                    twin._buffers[name] = None if kept is None else kept.detach().clone()
 
     def train(self, mode: bool = True) -> Any:
         if self._gammaopt_reference is not None:
@@ -92,11 +106,12 @@ class Wrapped(nn.Module):
         May be set, as ``functional_call`` does, at the same γ.
         """
         plan = self.gammaopt
-        return torch.tensor([plan.gamma, plan.depth, plan.knee, *_depth_rule(plan)], dtype=torch.float64)
+        numbers = [plan.gamma, plan.depth, plan.knee, *_depth_rule(plan)]
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")  # whatever the default device is
 
     @gammaopt_plan.setter
     def gammaopt_plan(self, value: Tensor) -> None:
-        if float(value[0]) != self.gammaopt.gamma:
+        if not _same(float(value[0]), self.gammaopt.gamma, value.dtype):
             raise UsageError(
                 f"γ = {float(value[0]):g} is not the γ = {self.gammaopt.gamma:g} of this model; wrap it again"
             )
@@ -185,7 +200,7 @@ class Wrapped(nn.Module):
         state_dict.update(theta0)
         if saved is not None:
             state_dict[prefix + PLAN] = saved
-            self._adopt(saved.tolist(), error_msgs)
+            self._adopt(saved, error_msgs)
         ours = {name.removeprefix(start): tensor for name, tensor in theta0.items()}
         if self._gammaopt_reference is None:
             unexpected_keys.extend(start + name for name in ours)
@@ -198,14 +213,22 @@ class Wrapped(nn.Module):
         except RuntimeError as error:
             error_msgs.append(str(error))
             return
-        if not keys.missing_keys:
-            self.__dict__.pop("_gammaopt_empty", None)
+        if not keys.missing_keys and (
+            self.__dict__.pop("_gammaopt_empty", False) or _on_meta(self._gammaopt_reference)
+        ):
+            self.__dict__["_gammaopt_unsaved"] = (
+                True  # buffers that no checkpoint has: the model's own are filled again
+            )
         missing_keys.extend(start + name for name in keys.missing_keys)
         unexpected_keys.extend(start + name for name in keys.unexpected_keys)
 
-    def _adopt(self, saved: list[float], error_msgs: list[str]) -> None:
+    def _adopt(self, saved: Tensor, error_msgs: list[str]) -> None:
         """Take depth and knee from a checkpoint: measured anew on another draw they would give other rates."""
-        gamma, depth, knee, ratio, alpha = saved
+        plan = self.gammaopt
+        ours = (plan.gamma, plan.depth, plan.knee, *_depth_rule(plan))
+        gamma, depth, knee, ratio, alpha = (
+            mine if _same(value, mine, saved.dtype) else value for value, mine in zip(saved.tolist(), ours, strict=True)
+        )
         if gamma != self.gammaopt.gamma:
             error_msgs.append(
                 f"the checkpoint was saved at γ = {gamma:g} and this model is wrapped with "
@@ -229,7 +252,31 @@ class Wrapped(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The wrapped class is made at run time and can't be found by name: rebuild it from the class it wraps.
-        return _blank, (type(self)._gammaopt_base,), *super().__reduce_ex__(protocol)[2:]
+        base = type(self)._gammaopt_base
+        if base.__reduce_ex__ is object.__reduce_ex__ and base.__reduce__ is object.__reduce__:
+            return _blank, (base,), *super().__reduce_ex__(protocol)[2:]
+        return _rewrapped, self._gammaopt_parts()
+
+    def _gammaopt_parts(self) -> tuple[nn.Module, dict[str, Any]]:
+        """The plain module, holding the very same things, for a class that copies in its own way; and what is ours."""
+        plain = object.__new__(type(self)._gammaopt_base)
+        plain.__dict__.update(self.__dict__)
+        ours = [name for name in self.__dict__ if name == "gammaopt" or name.startswith("_gammaopt_")]
+        return plain, {name: plain.__dict__.pop(name) for name in ours}
+
+
+def frozen(start: nn.Module) -> nn.Module:
+    """θ₀'s copy: no gradients.
+
+    Its normalisation layers keep running statistics of their own, those of h₀, over the batches that the model's own
+    layers see: in evaluation h and h₀ are then normalised alike, and f stays 0 as long as θ = θ₀. With statistics kept
+    from the start, (0, 1), f in evaluation would be off by what those do to h₀, over γ.
+    """
+    start.requires_grad_(False)
+    # Hooks on the whole run once, around f: what they make of the inputs is what the copy is given.
+    start._forward_pre_hooks.clear()
+    start._forward_hooks.clear()
+    return start
 
 
 def _depth_rule(plan: Plan) -> tuple[float, float]:
@@ -241,6 +288,26 @@ def _depth_rule(plan: Plan) -> tuple[float, float]:
 
 def _on_meta(module: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _same(saved: float, ours: float, dtype: torch.dtype) -> bool:
+    """Equal up to rounding: a checkpoint may be an average of others, or cast to half precision."""
+    return math.isclose(saved, ours, rel_tol=max(1e-12, torch.finfo(dtype).eps))
+
+
+def _rewrapped(plain: nn.Module, ours: dict[str, Any]) -> nn.Module:
+    plain.__class__ = wrapped_class(type(plain))
+    plain.__dict__.update(ours)
+    _distributed.watch_ddp()
+    _registry.register(plain)
+    return plain
+
+
+def _copied(model: Wrapped, memo: dict[int, Any]) -> nn.Module:
+    """``__deepcopy__`` where the class that was wrapped has one, as ``torch.fx.GraphModule`` does."""
+    plain, ours = model._gammaopt_parts()
+    memo[id(model)] = twin = copy.deepcopy(plain, memo)
+    return _rewrapped(twin, copy.deepcopy(ours, memo))
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:
@@ -264,6 +331,8 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
         return Wrapped.forward(self, *args, **kwargs)
 
     namespace = {"forward": forward, "_gammaopt_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
+    if hasattr(base, "__deepcopy__"):
+        namespace["__deepcopy__"] = _copied
     return types.new_class(f"Gamma{base.__name__}", (Wrapped, base), exec_body=lambda body: body.update(namespace))
 
 

@@ -71,6 +71,16 @@ def test_zero_readout_is_refused_where_the_output_does_not_vanish_and_where_nobo
     frozen[-1].requires_grad_(False)
     with pytest.raises(UsageError, match=r"readout '5' is frozen and would stay at 0; use center='copy'"):
         wrap(frozen, 1.0, example_inputs=X, center="zero_readout")
+    tied = nn.Sequential(nn.Linear(9, 9, bias=False), nn.Tanh(), nn.Linear(9, 9, bias=False)).double()
+    tied[2].weight = tied[0].weight
+    with pytest.raises(UsageError, match=r"readout '2' is tied to '0', which would be 0 with it; use center='copy'"):
+        wrap(tied, 1.0, example_inputs=X, center="zero_readout")
+    normalised = mlp()
+    nn.utils.parametrizations.weight_norm(normalised[-1])  # its weight is g·v/‖v‖
+    with pytest.raises(
+        UsageError, match=r"with its readout '5' at 0 the output of MLP is still nan; use center='copy'"
+    ):
+        wrap(normalised, 1.0, example_inputs=X, center="zero_readout")
     with pytest.raises(UsageError, match="center='zero_readout' needs example_inputs="):
         wrap(mlp(), 1.0, depth=3, center="zero_readout")
 

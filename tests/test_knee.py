@@ -85,3 +85,38 @@ def test_network_without_influence_is_named() -> None:
     nn.init.zeros_(list(net.parameters())[-1])
     with pytest.raises(UsageError, match=r"no weight of MLP has any influence .* give other inputs, or knee="):
         knee(net, inputs())
+    normalised = nn.utils.parametrizations.weight_norm(nn.Linear(32, 1).double())
+    with pytest.raises(UsageError, match=r"no weight of ParametrizedLinear has any influence .* or knee="):
+        knee(normalised, inputs())
+
+
+class Complex(nn.Module):
+    """Re(W₂W₁x): with real weights in complex parameters the same function as the real network."""
+
+    def __init__(self, real: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(8, 8, bias=False, dtype=torch.complex128) for _ in real))
+        with torch.no_grad():
+            for mine, theirs in zip(self.parameters(), real.parameters(), strict=True):
+                mine.copy_(theirs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.to(torch.complex128)).real  # type: ignore[no-any-return]
+
+
+def test_complex_weights_are_pairs_of_real_ones() -> None:
+    torch.manual_seed(0)
+    real = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)).double()
+    x = inputs()[:, :8]
+    assert knee(Complex(real), x) == pytest.approx(knee(real, x), rel=1e-12)
+    model = wrap(Complex(real), 3.0, example_inputs=x)
+    assert isinstance(model.gammaopt, Plan)
+    assert model.gammaopt.depth == 2.0
+    assert not model(x).any()
+
+
+def test_the_default_device_does_not_matter() -> None:
+    net, x = standard(24), inputs()
+    expected = knee(net, x)
+    with torch.device("meta"):
+        assert knee(net, x) == expected

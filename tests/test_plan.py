@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -210,13 +212,16 @@ class Everything(nn.Module):
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, 8))
         self.pos_embed = nn.Parameter(torch.zeros(1, 5, 8))
-        self.tokens = nn.Embedding(10, 8)
+        self.tokens = nn.Embedding(10, 8, padding_idx=0)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.norm = nn.LayerNorm(8)
         self.up = nn.ConvTranspose1d(8, 6, 4, stride=2, groups=2)
         self.recurrent = nn.LSTM(6, 8, batch_first=True)
         self.lora_A = nn.Parameter(torch.ones(2, 8))
         self.lora_B = nn.Parameter(torch.zeros(8, 2))
+        low_rank = nn.Linear(2, 8, bias=False)  # as PEFT names them
+        self.adapter = nn.ModuleDict({"lora_B": nn.ModuleDict({"default": low_rank})})
+        nn.init.zeros_(low_rank.weight)
         self.layer_scale = nn.Parameter(torch.ones(8))
         self.temperature = nn.Parameter(torch.tensor(1.0))
         self.head = nn.Linear(8, 3)
@@ -242,11 +247,20 @@ def test_every_kind_of_parameter_has_its_role_and_fan_in() -> None:
         "recurrent.bias_hh_l0": ("bias", None),
         "lora_A": ("weight", 8),
         "lora_B": ("weight", 2),
+        "adapter.lora_B.default.weight": ("weight", 2),
         "layer_scale": ("norm", None),
         "temperature": ("scalar", None),
         "head.weight": ("readout weight", 8),
         "head.bias": ("readout bias", None),
     }
+
+
+def test_a_layer_without_inputs_has_no_scale() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, that there is nothing to initialise
+        net = nn.Sequential(nn.Linear(0, 4), nn.ReLU(), nn.Linear(4, 1))
+    plan = plan_of(wrap(net, 1.0, depth=2, parametrization="mean_field"))
+    assert plan.multipliers() == {"0.weight": 4, "0.bias": 4, "2.weight": 0.25, "2.bias": 1}
 
 
 @pytest.mark.parametrize(("stride", "groups"), [(1, 1), (2, 1), (2, 2), (4, 1)])
@@ -266,6 +280,8 @@ def test_tokens_adapters_and_norms_keep_their_initialisation_under_mean_field() 
     assert not values["cls_token"].any()
     assert bool((values["norm.weight"] == 1).all())
     assert values["tokens.weight"].std() > 0.5
+    assert not values["tokens.weight"][0].any()  # the padding row, which no gradient would take back
+    assert not values["adapter.lora_B.default.weight"].any()
 
 
 def test_tied_readout_is_refused_under_mean_field_and_fine_as_is() -> None:

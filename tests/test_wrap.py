@@ -128,6 +128,79 @@ def test_copies_and_pickles_compute_the_same_and_stay_wrapped(name: str) -> None
         assert gammaopt.SGD(twin.parameters(), lr=0.1).effective_lrs()
 
 
+def test_copies_of_a_class_that_copies_itself_stay_wrapped() -> None:
+    """torch.fx's modules have their own deepcopy and pickle, which know only their own class."""
+    net, x = make("mlp")
+    traced = torch.fx.symbolic_trace(net)
+    original = type(traced)
+    model = wrap(traced, 0.5, depth=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    assert model(x).any()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(nn.Sequential(model))[0]):
+        assert torch.equal(twin(x), model(x))
+        assert gammaopt.SGD(twin.parameters(), lr=0.1).effective_lrs().keys() == dict(net.named_parameters()).keys()
+        with torch.no_grad():
+            next(twin.parameters()).zero_()
+        assert next(model.parameters()).any()
+    assert type(unwrap(model)) is original
+    normalised = wrap(nn.utils.parametrizations.weight_norm(nn.Linear(9, 4)), 0.5, depth=1)
+    assert gammaopt.SGD(copy.deepcopy(normalised).parameters(), lr=0.1).effective_lrs()
+
+
+def test_a_shallow_copy_shares_parameters_and_plan() -> None:
+    model, x = moved_model("mlp")
+    twin = copy.copy(model)
+    assert torch.equal(twin(x), model(x))
+    assert gammaopt.SGD(model.parameters(), lr=0.1).effective_lrs()
+
+
+def test_averaged_and_half_precision_checkpoints_are_of_the_same_gamma() -> None:
+    net, _ = make("mlp")
+    model = wrap(net, 3.3, depth=2.1, knee=0.7)
+    saved = model.state_dict()
+    averaged = {name: 0.7 * value + 0.3 * value for name, value in saved.items()}
+    for cast in (torch.float64, torch.float16, torch.bfloat16):
+        model.load_state_dict({name: value.to(cast) for name, value in averaged.items()})
+        assert isinstance(model.gammaopt, Plan)
+        assert (model.gammaopt.gamma, model.gammaopt.depth, model.gammaopt.knee) == (3.3, 2.1, 0.7)
+    with pytest.raises(RuntimeError, match=r"saved at γ = 3.4375 and this model is wrapped with γ = 3.3"):
+        model.load_state_dict({**saved, "gammaopt_plan": torch.tensor([3.44, 2.1, 0.7, 1, 1]).bfloat16()})
+    with torch.device("meta"):
+        assert model.state_dict()["gammaopt_plan"].device.type == "cpu"
+
+
+class Rotary(nn.Module):
+    """With frequencies that are in no checkpoint, as in HF's language models."""
+
+    frequencies: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.arange(9.0), persistent=False)
+        self.layer = nn.Linear(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x * self.frequencies)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_buffers_that_no_checkpoint_has_come_from_the_model(assign: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 9)
+    saved = wrap(Rotary(), 0.5, depth=1).state_dict()
+    with torch.device("meta"):
+        model = wrap(Rotary(), 0.5, depth=1)
+    if not assign:
+        model.to_empty(device="cpu")
+    model.load_state_dict(saved, assign=assign)
+    model.frequencies = torch.arange(9.0)  # as whoever uses the meta device must do
+    assert not model(x).any()
+    model.frequencies.zero_()  # once only
+    assert model(x).any()
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("assign", [True, False])
 def test_checkpoint_holds_theta_zero_and_loads_strictly(name: str, assign: bool, tmp_path: Path) -> None:
@@ -173,21 +246,21 @@ def test_theta_zero_moves_and_casts_with_the_model() -> None:
 
 
 @pytest.mark.parametrize("instance", [False, True])
-def test_frozen_copy_keeps_its_running_statistics(instance: bool) -> None:
+def test_output_stays_zero_in_evaluation_while_running_statistics_move_and_theta_does_not(instance: bool) -> None:
+    """The frozen copy's statistics are those of h₀ on the same batches; those of the start would be off, over γ."""
     net, x = make("conv")
     if instance:
         net.norm = nn.InstanceNorm2d(6, track_running_stats=True)
-    model = wrap(net, 1.0, example_inputs=x)
-    kept = ("running", "num_batches")
-    before = {name: value.clone() for name, value in model.state_dict().items() if any(key in name for key in kept)}
+    plain = copy.deepcopy(net)
+    model = wrap(net, 0.01, example_inputs=x)
     for _ in range(3):
         model(2 * x + 1)
-    after = model.state_dict()
-    assert len(before) == 6
-    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
-    # InstanceNorm of torch never counts.
-    counted = [] if instance else ["norm.num_batches_tracked"]
-    assert moved == {"norm.running_mean", "norm.running_var", *counted}
+        plain(2 * x + 1)
+    assert not model.eval()(x).any()
+    saved, expected = model.state_dict(), plain.state_dict()
+    for name in ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked"):
+        assert torch.equal(saved[name], expected[name])  # once for each batch, as in the plain network
+        assert torch.equal(saved[f"gammaopt_theta0.{name}"], expected[name])
 
 
 def test_frozen_copy_uses_the_batchs_statistics_in_training_and_the_running_ones_after() -> None:
@@ -198,7 +271,37 @@ def test_frozen_copy_uses_the_batchs_statistics_in_training_and_the_running_ones
     reference: Any = model.gammaopt_theta0
     for mode in (True, False):
         model.train(mode)
-        assert torch.equal(reference(x), copy.deepcopy(plain).train(mode)(x))
+        assert torch.equal(reference(x), plain.train(mode)(x))
+
+
+def test_frozen_copy_follows_a_part_that_is_put_in_another_mode() -> None:
+    """As fine-tuning does: batch normalisation in eval(), the rest in training."""
+    net, x = make("conv")
+    model = wrap(net, 0.1, example_inputs=x).train()
+    model.get_submodule("norm").eval()
+    assert not model(x).any()
+    model.get_submodule("drop").eval()
+    assert torch.equal(model(x), model(x))
+    assert not model(x).any()
+
+
+def test_hooks_on_the_whole_run_once_around_f() -> None:
+    net, x = make("mlp")
+    calls: list[str] = []
+
+    def before(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        calls.append("before")
+        return (3 * args[0],)
+
+    def after(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
+        calls.append("after")
+        return out + 1
+
+    net.register_forward_pre_hook(before)
+    net.register_forward_hook(after)
+    model = wrap(net, 0.5, depth=3)
+    assert torch.equal(model(x), torch.ones(5, 4))
+    assert calls == ["before", "after"]
 
 
 def test_random_state_advances_as_for_the_plain_network() -> None:
@@ -277,6 +380,14 @@ def test_bad_networks_are_named() -> None:
         wrap(nn.ReLU(), 1.0, depth=1)
     with pytest.raises(UsageError, match=r"net is a list; give a torch.nn.Module"):
         wrap([1], 1.0, depth=1)  # type: ignore[type-var]
+    with pytest.raises(UsageError, match=r"parameter '0.weight' of this Sequential has no shape yet; run one batch"):
+        wrap(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 1)), 1.0, depth=2)
+    with torch.device("meta"):
+        empty = MLP(9, 4)
+        x = torch.ones(2, 9)
+    for given in ({}, {"depth": 3}, {"depth": 3, "knee": 1, "center": "zero_readout"}):
+        with pytest.raises(UsageError, match=r"MLP is on the meta device, where nothing can be measured; give depth="):
+            wrap(empty, 1.0, example_inputs=x, **given)
     model = wrap(MLP(9, 4), 2.0, depth=3)
     with pytest.raises(UsageError, match=r"already wrapped with γ = 2; call gammaopt.unwrap first"):
         wrap(model, 1.0, depth=1)

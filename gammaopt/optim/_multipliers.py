@@ -7,6 +7,7 @@ group's ``params``: by position, because deepcopy, pickling and sharding replace
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -138,13 +139,19 @@ class Multipliers(Optimizer):
         return {**super().__getstate__(), **kept}
 
     def effective_lrs(self) -> dict[str, float]:
-        """Parameter name → the rate it is stepped with now: the group's ``lr`` times its multiplier."""
+        """Parameter name → the rate it is stepped with now: the group's ``lr`` times its multiplier.
+
+        Where several wrapped models share a name, the second one's is followed by " (2)", and so on.
+        """
         self._check_groups()
-        return {
-            name: float(torch.as_tensor(group["lr"], dtype=torch.float64).detach()) * scale.lr
-            for group, scales in zip(self.param_groups, self._scales, strict=True)
-            for name, scale in zip(scales.names, scales.scales, strict=True)
-        }
+        rates: dict[str, float] = {}
+        seen: Counter[str] = Counter()
+        for group, scales in zip(self.param_groups, self._scales, strict=True):
+            lr = float(torch.as_tensor(group["lr"], dtype=torch.float64).detach())
+            for name, scale in zip(scales.names, scales.scales, strict=True):
+                seen[name] += 1
+                rates[name if seen[name] == 1 else f"{name} ({seen[name]})"] = lr * scale.lr
+        return rates
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -160,6 +160,9 @@ def test_two_wrapped_models_in_one_optimizer_keep_their_own_rates() -> None:
     optimizer = gammaopt.SGD([{"params": a.parameters()}, {"params": b.parameters()}], lr=1.0)
     for group, plan in zip(optimizer._scales, plans, strict=True):
         assert [scale.lr for scale in group.scales] == list(plan.multipliers().values())
+    rates = optimizer.effective_lrs()
+    assert list(rates.values()) == [rate for plan in plans for rate in plan.multipliers().values()]
+    assert rates["1.weight"] != rates["1.weight (2)"]
 
 
 def test_wrapping_a_model_that_is_parallel_already() -> None:

@@ -3,6 +3,11 @@
 from gammaopt.diagnostics._coordinates import CoordinateCheck as CoordinateCheck
 from gammaopt.diagnostics._coordinates import LayerSlope as LayerSlope
 from gammaopt.diagnostics._coordinates import coordinate_check as coordinate_check
+from gammaopt.diagnostics._kernels import centred_kernel_alignment as centred_kernel_alignment
+from gammaopt.diagnostics._kernels import feature_kernel as feature_kernel
+from gammaopt.diagnostics._kernels import kernel_target_alignment as kernel_target_alignment
+from gammaopt.diagnostics._kernels import ntk as ntk
+from gammaopt.diagnostics._kernels import ntk_eigenvalues as ntk_eigenvalues
 from gammaopt.diagnostics._operator import Curvature as Curvature
 from gammaopt.diagnostics._portrait import Grid as Grid
 from gammaopt.diagnostics._portrait import Portrait as Portrait
@@ -24,9 +29,14 @@ __all__ = [
     "Portrait",
     "SpectralDensity",
     "Trace",
+    "centred_kernel_alignment",
     "coordinate_check",
+    "feature_kernel",
     "hessian_eigenvalues",
     "hessian_trace",
+    "kernel_target_alignment",
+    "ntk",
+    "ntk_eigenvalues",
     "portrait",
     "sharpness",
     "spectral_density",

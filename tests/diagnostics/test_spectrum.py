@@ -1,0 +1,387 @@
+"""Curvature from products alone, against the dense Hessian in float64; and the model is left as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.data import DataLoader, TensorDataset
+
+import gammaopt
+from gammaopt import UsageError
+from gammaopt.diagnostics import (
+    Curvature,
+    hessian_eigenvalues,
+    hessian_trace,
+    sharpness,
+    spectral_density,
+)
+from gammaopt.online import MLP
+from gammaopt.online.train import CRITERIA
+
+Case = tuple[nn.Module, str, tuple[Any, Tensor]]
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def mlp(gamma: float, outputs: int = 1, *, steps: int = 0, loss: str = "mse") -> Case:
+    """A wrapped MLP of 552 or more parameters, 64 samples; after ``steps`` steps."""
+    torch.manual_seed(0)
+    x = draw(64, 8)
+    y = torch.sign(x[:, :1] * x[:, 1:2]) if outputs == 1 else (x[:, :outputs].argmax(1))
+    model = gammaopt.wrap(MLP(8, outputs, width=20), gamma, depth=3, parametrization="mean_field")
+    optimizer = gammaopt.SGD(model.parameters(), lr=0.3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        CRITERIA[loss](model(x), y).backward()
+        optimizer.step()
+    return model, loss, (x, y)
+
+
+def dense(model: nn.Module, loss: Callable[[Tensor, Any], Tensor], data: tuple[Any, Tensor]) -> Tensor:
+    """The Hessian in the trainable parameters by the textbook: second derivatives of the loss, in float64."""
+    twin = copy.deepcopy(model).double()
+    named = {name: parameter for name, parameter in twin.named_parameters() if parameter.requires_grad}
+    names, shapes = list(named), [parameter.shape for parameter in named.values()]
+    sizes = [shape.numel() for shape in shapes]
+    inputs, targets = data
+    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    targets = targets.double() if targets.is_floating_point() else targets
+
+    flat = torch.cat([parameter.detach().reshape(-1) for parameter in named.values()]).requires_grad_()
+    parts = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+    value = loss(functional_call(twin, dict(zip(names, parts, strict=True)), (inputs,)), targets)
+    (gradient,) = torch.autograd.grad(value, flat, create_graph=True)
+    rows = torch.eye(len(flat), dtype=torch.float64).split(128)
+    return torch.cat(
+        [torch.autograd.grad(gradient, flat, row, retain_graph=True, is_grads_batched=True)[0] for row in rows]
+    )
+
+
+def leading(matrix: Tensor, k: int, which: str) -> NDArray[np.float64]:
+    values = np.linalg.eigvalsh(matrix.numpy())
+    return values[np.argsort(-values if which == "largest" else -np.abs(values))][:k]
+
+
+CASES = {
+    "lazy start": lambda: mlp(0.1),
+    "start": lambda: mlp(1.0, 3),
+    "rich start, both signs": lambda: mlp(100.0),
+    "classes": lambda: mlp(1.0, 4, loss="cross_entropy"),
+    "trained": lambda: mlp(2.0, steps=60),
+}
+
+
+@pytest.mark.parametrize("which", ["largest", "magnitude"])
+@pytest.mark.parametrize("scale", [1.0, 1e-8, 1e8])
+@pytest.mark.parametrize("case", CASES)
+def test_eigenvalues_are_those_of_the_dense_hessian_at_any_scale_of_the_loss(
+    case: str, scale: float, which: Any
+) -> None:
+    model, name, data = CASES[case]()
+    loss = lambda output, targets: scale * CRITERIA[name](output, targets)
+    found = hessian_eigenvalues(model, loss, data, 20, which)
+    expected = leading(dense(model, loss, data), 20, which)
+    np.testing.assert_allclose(np.abs(found.values), np.abs(expected), rtol=1e-5)
+    np.testing.assert_allclose(np.sort(found.values), np.sort(expected), rtol=1e-5)
+    assert found.converged
+    assert "products, converged" in str(found)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_arpack_finds_the_same(scale: float) -> None:
+    model, name, data = mlp(100.0)
+    loss = lambda output, targets: scale * CRITERIA[name](output, targets)
+    ours = hessian_eigenvalues(model, loss, data, 8)
+    theirs = hessian_eigenvalues(model, loss, data, 8, method="eigsh")
+    np.testing.assert_allclose(theirs.values, ours.values, rtol=1e-6)
+    assert (theirs.residuals <= 1e-4 * np.abs(theirs.values)).all()
+
+
+def test_gauss_newton_is_the_textbook_product() -> None:
+    model, _, (x, y) = mlp(1.0, 3, loss="cross_entropy", steps=20)
+    twin = copy.deepcopy(model).double()
+    named = dict(twin.named_parameters())
+    jacobian = torch.func.jacrev(lambda p: functional_call(twin, p, (x.double(),)))(named)
+    rows = torch.cat([part.flatten(2) for part in jacobian.values()], dim=2).detach()
+    p = twin(x.double()).softmax(1).detach()
+    bend = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    expected = torch.einsum("nci,ncd,ndj->ij", rows, bend, rows) / len(x)
+    found = hessian_eigenvalues(model, "cross_entropy", (x, y), 10, matrix="ggn", vectors=True)
+    np.testing.assert_allclose(found.values, leading(expected, 10, "largest"), rtol=1e-6)
+    assert found.vectors is not None
+    moved = expected @ found.vectors - found.vectors * torch.from_numpy(found.values)
+    np.testing.assert_allclose(moved.norm(dim=0).numpy(), found.residuals, atol=1e-8)
+    assert np.linalg.norm(moved.numpy(), axis=0).max() < 1e-2
+
+
+def test_equal_eigenvalues_are_all_found() -> None:
+    """A linear network's Hessian is one block for each output: every eigenvalue three times."""
+    x, net = draw(40, 6), nn.Linear(6, 3, bias=False)
+    found = hessian_eigenvalues(net, "mse", (x, torch.zeros(40, 3)), 9)
+    expected = leading(dense(net, CRITERIA["mse"], (x, torch.zeros(40, 3))), 9, "largest")
+    np.testing.assert_allclose(found.values, expected, rtol=1e-8)
+
+
+def test_a_small_basis_restarts_and_finds_the_same() -> None:
+    model, loss, data = mlp(1.0, 3)
+    found = hessian_eigenvalues(model, loss, data, 6, basis=20, max_products=500)
+    np.testing.assert_allclose(found.values, hessian_eigenvalues(model, loss, data, 6).values, rtol=1e-6)
+
+
+def test_data_may_stream_in_batches_of_any_sizes() -> None:
+    model, loss, (x, y) = mlp(1.0, 3, loss="cross_entropy")
+    whole = hessian_eigenvalues(model, loss, (x, y), 4).values
+    loader = DataLoader(TensorDataset(x, y), batch_size=24)
+    for data in (loader, list(loader)):
+        np.testing.assert_allclose(hessian_eigenvalues(model, loss, data, 4).values, whole, rtol=1e-5)
+    total = lambda output, targets: nn.functional.cross_entropy(output, targets, reduction="sum") / len(x)
+    summed = hessian_eigenvalues(model, total, list(loader), 4, reduction="sum").values
+    np.testing.assert_allclose(summed, whole, rtol=1e-5)
+
+
+def test_too_few_products_are_told() -> None:
+    model, loss, data = mlp(1.0, 3)
+    found = hessian_eigenvalues(model, loss, data, 20, max_products=25)
+    assert found.products == 25
+    assert not found.converged
+    assert "give more max_products" in str(found)
+
+
+def test_sharpness_with_an_optimizer_is_at_two_where_its_steps_turn_unstable() -> None:
+    """Full-batch steps on a quadratic: below 2 they shrink, above they grow, with rates that differ by layer."""
+    x, y = draw(40, 6), torch.zeros(40, 1)
+    for factor, grows in ((0.98, False), (1.02, True)):
+        model = gammaopt.wrap(nn.Sequential(nn.Linear(6, 1)), 1.0, depth=1, knee=1.0, center="none")
+        optimizer = torch.optim.SGD([{"params": [model[0].weight], "lr": 0.3}, {"params": [model[0].bias], "lr": 1.0}])
+        at = sharpness(model, "mse", (x, y), optimizer=optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] *= factor * 2 / at
+        assert sharpness(model, "mse", (x, y), optimizer=optimizer) == pytest.approx(2 * factor, rel=1e-3)
+        losses = []
+        for _ in range(400):
+            optimizer.zero_grad()
+            loss = CRITERIA["mse"](model(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert (losses[-1] > losses[300]) == grows
+
+
+def test_sharpness_takes_the_rates_of_gammaopts_optimizers() -> None:
+    model, loss, data = mlp(3.0, 3)
+    optimizer = gammaopt.SGD(model.parameters(), lr=0.7)
+    rates = optimizer.effective_lrs()
+    roots = torch.cat([p.new_full((p.numel(),), rates[name]) for name, p in model.named_parameters()]).double().sqrt()
+    expected = leading(roots[:, None] * dense(model, CRITERIA[loss], data) * roots, 1, "largest")[0]
+    assert sharpness(model, loss, data, optimizer=optimizer) == pytest.approx(expected, rel=1e-3)
+    with pytest.raises(UsageError, match="this SGD holds no parameter of GammaMLP"):
+        sharpness(model, loss, data, optimizer=torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0))
+
+
+def test_trace_is_within_its_error_and_exact_with_enough_products() -> None:
+    model, loss, data = mlp(1.0, 3)
+    expected = float(dense(model, CRITERIA[loss], data).trace())
+    errors = []
+    for seed in range(8):
+        found = hessian_trace(model, loss, data, seed=seed)
+        assert found.products <= 60
+        errors.append((found.value - expected) / found.error)
+    assert np.sqrt(np.mean(np.square(errors))) < 2
+    assert abs(hessian_trace(model, loss, data, products=300).value / expected - 1) < 0.01
+
+
+def test_density_has_the_moments_and_the_counts_of_the_dense_spectrum() -> None:
+    model, loss, data = mlp(1.0, 3)
+    values = np.linalg.eigvalsh(dense(model, CRITERIA[loss], data).numpy())
+    found = spectral_density(model, loss, data, probes=8)
+    assert found.weights.sum() == pytest.approx(1)
+    assert found.products <= 8 * 40
+    spread = 4 / np.sqrt(8 * len(values))  # of a mean over that many random numbers
+    for power in (1, 2):
+        assert found.nodes**power @ found.weights == pytest.approx(np.mean(values**power), rel=6 * spread)
+    above = values.max() / 5
+    assert found.weights[found.nodes > above].sum() == pytest.approx(np.mean(values > above), abs=spread)
+    grid = np.linspace(values.min() - 1, values.max() + 1, 4000)
+    assert np.trapezoid(found.smoothed(grid, 0.05), grid) == pytest.approx(1, abs=1e-3)
+
+
+class Attention(nn.Module):
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 8)
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.3, batch_first=True)
+        self.readout = nn.Linear(8, 7, bias=False)
+        if tied:
+            self.readout.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.readout(self.block(self.embed(tokens))).mean(1)
+        return out
+
+
+class SDPA(nn.Module):
+    """Fused attention as most transformers call it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.readout = nn.Linear(4, 24), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        heads = [part.unflatten(-1, (2, 4)).transpose(1, 2) for part in (q, k, v)]
+        mixed = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        out: Tensor = self.readout(mixed).mean(1)
+        return out
+
+
+def batch_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 2))
+
+
+def frozen() -> nn.Module:
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+    net[0].requires_grad_(False)
+    return net
+
+
+def data_for(net: nn.Module) -> tuple[Tensor, Tensor]:
+    if isinstance(net, Attention):
+        tokens = torch.randint(7, (12, 5), generator=torch.Generator().manual_seed(1))
+        return tokens, tokens[:, 0]
+    return (draw(12, 5, 4) if isinstance(net, SDPA) else draw(12, 6)), torch.arange(12) % 2
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "attention": Attention,
+    "fused attention": SDPA,
+    "tied weights": lambda: Attention(tied=True),
+    "batch norm, eval": lambda: batch_norm().eval(),
+    "batch norm, train": batch_norm,
+    "frozen": frozen,
+}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("name", NETS)
+def test_special_parts_have_the_dense_hessian_too_and_the_model_is_left_as_it_was(name: str, wrapped: bool) -> None:
+    torch.manual_seed(0)
+    net = NETS[name]()
+    data = data_for(net)
+    if wrapped:
+        gammaopt.wrap(net, 2.0, depth=2, knee=1.0)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    before = snapshot(net)
+    found = hessian_eigenvalues(net, "cross_entropy", data, 5)
+    hessian_trace(net, "cross_entropy", data, products=6)
+    spectral_density(net, "cross_entropy", data, probes=1, steps=3)
+    after = snapshot(net)
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        assert torch.equal(value, after[key]) if isinstance(value, Tensor) else value == after[key], key
+
+    twin = copy.deepcopy(net)
+    reference = getattr(twin, "_gammaopt_reference", nn.Module())
+    for module in [*twin.modules(), *reference.modules()]:
+        module.training = module.training and isinstance(module, nn.BatchNorm1d)
+        if isinstance(module, nn.BatchNorm1d):
+            module.momentum = 0.0
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            expected = leading(dense(twin, nn.functional.cross_entropy, data), 5, "largest")
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+    np.testing.assert_allclose(found.values, expected, rtol=1e-5)
+
+
+def snapshot(net: nn.Module) -> dict[str, Any]:
+    """Everything of a model, and of torch, that a diagnostic could disturb."""
+    kept: dict[str, Any] = {f"state {key}": value.clone() for key, value in net.state_dict().items()}
+    kept |= {
+        f"grad {key}": None if parameter.grad is None else parameter.grad.clone()
+        for key, parameter in net.named_parameters()
+    }
+    kept |= {f"asks {key}": parameter.requires_grad for key, parameter in net.named_parameters()}
+    kept |= {f"id {key}": id(parameter) for key, parameter in net.named_parameters()}
+    kept |= {f"mode {key}": module.training for key, module in net.named_modules()}
+    kept["random"] = torch.get_rng_state()
+    kept["numpy"] = str(np.random.get_state()[1][:5])  # type: ignore[index]  # noqa: NPY002
+    kept["fast path"] = torch.backends.mha.get_fastpath_enabled()
+    kept["grad mode"] = torch.is_grad_enabled()
+    return kept
+
+
+def test_float32_models_and_no_grad_and_autocast_change_nothing() -> None:
+    model, loss, data = mlp(1.0, 3)
+    expected = hessian_eigenvalues(model, loss, data, 3).values
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        np.testing.assert_array_equal(hessian_eigenvalues(model, loss, data, 3).values, expected)
+    with torch.inference_mode():
+        np.testing.assert_array_equal(hessian_eigenvalues(model, loss, data, 3).values, expected)
+    np.testing.assert_allclose(
+        hessian_eigenvalues(model, loss, data, 3, tol=1e-4, dtype=torch.float32).values, expected, rtol=1e-3
+    )
+
+
+X, Y = draw(8, 6), torch.arange(8) % 2
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda: hessian_eigenvalues(frozen(), "mse", (X, Y), 0), "k=0 is too small"),
+        (lambda: hessian_eigenvalues(frozen(), "mse", (X, Y), 99), "k=99 is more than the 18 trainable parameters"),
+        (lambda: hessian_eigenvalues(frozen(), "mse", (X, Y), 1, "smallest"), "unknown which 'smallest'"),  # type: ignore[arg-type]
+        (lambda: hessian_eigenvalues(frozen(), "l1", (X, Y)), "unknown loss 'l1'; choose one of: mse, cross_entropy"),
+        (lambda: hessian_eigenvalues(frozen(), "mse", (draw(8, 5), Y), 1), r"inputs of shape \(8, 5\) float64 do not fit"),
+        (lambda: hessian_eigenvalues(frozen(), "mse", [], 1), "data has no batch"),
+        (lambda: hessian_eigenvalues(frozen(), "mse", iter([(X, Y)]), 1), r"data can be read only once.*give list\(data\)"),
+        (lambda: hessian_eigenvalues(frozen(), "mse", [X], 1), r"a batch is shape \(8, 6\) float32; give pairs"),
+        (lambda: hessian_eigenvalues(frozen(), lambda f, y: f, (X, Y), 1), r"the loss gives shape \(8, 2\).*one scalar"),
+        (lambda: hessian_eigenvalues(frozen(), lambda f, y: f.sum() / 0, (X, Y), 1), "the loss on the data is (nan|inf|-inf)"),
+        (lambda: hessian_eigenvalues(frozen().requires_grad_(False), "mse", (X, Y), 1), "no trainable parameters"),
+        (lambda: hessian_trace(frozen(), "mse", (X, Y), products=5), "products=5 is too small; give at least 6"),
+        (lambda: spectral_density(frozen(), "mse", (X, Y), steps=1), "steps=1 is too small"),
+        (lambda: Curvature(frozen(), "mse", (X, Y))(torch.zeros(3)), r"shape \(3,\) does not fit 18 trainable"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(ask: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ask()
+
+
+def test_data_that_changes_between_passes_is_refused() -> None:
+    class Augmented:
+        draws = torch.Generator().manual_seed(0)
+
+        def __iter__(self) -> Any:
+            yield torch.randn(8, 6, generator=self.draws), Y
+
+    with pytest.raises(UsageError, match="at one pass over the data .* without augmentation"):
+        hessian_eigenvalues(frozen(), "mse", Augmented(), 2)  # type: ignore[arg-type]
+
+
+def test_recurrent_layers_work_and_a_model_that_keeps_a_graph_is_refused_in_words() -> None:
+    net = nn.GRU(3, 4, batch_first=True)
+    found = hessian_eigenvalues(
+        net, lambda out, y: (out - y).square().mean(), (draw(5, 6, 3), torch.zeros(5, 6, 4)), 2, output=0
+    )
+    assert found.converged
+    kept = frozen()
+    kept.kept = kept(X)  # type: ignore[assignment]
+    with pytest.raises(UsageError, match="Sequential can't be copied .* detach what it keeps"):
+        hessian_eigenvalues(kept, "mse", (X, Y), 1)

@@ -12,6 +12,7 @@ from gammaopt.online.record import RunRecord as RunRecord
 from gammaopt.online.streams import Digits as Digits
 from gammaopt.online.streams import Hermite as Hermite
 from gammaopt.online.streams import Parity as Parity
+from gammaopt.online.streams import Photos as Photos
 from gammaopt.online.streams import Staircase as Staircase
 from gammaopt.online.streams import Stream as Stream
 from gammaopt.online.streams import Teacher as Teacher
@@ -31,6 +32,7 @@ __all__ = [
     "Digits",
     "Hermite",
     "Parity",
+    "Photos",
     "Progress",
     "Recipe",
     "Run",

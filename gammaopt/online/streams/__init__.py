@@ -12,6 +12,7 @@ from gammaopt.online.streams._build import build_stream as build_stream
 from gammaopt.online.streams._digits import Digits as Digits
 from gammaopt.online.streams._hermite import Hermite as Hermite
 from gammaopt.online.streams._parity import Parity as Parity
+from gammaopt.online.streams._photos import Photos as Photos
 from gammaopt.online.streams._staircase import Staircase as Staircase
 from gammaopt.online.streams._teacher import Teacher as Teacher
 
@@ -21,6 +22,7 @@ __all__ = [
     "Digits",
     "Hermite",
     "Parity",
+    "Photos",
     "Split",
     "Staircase",
     "Stream",

@@ -10,6 +10,7 @@ from gammaopt.online.streams._base import Stream
 from gammaopt.online.streams._digits import Digits
 from gammaopt.online.streams._hermite import Hermite
 from gammaopt.online.streams._parity import Parity
+from gammaopt.online.streams._photos import Photos
 from gammaopt.online.streams._staircase import Staircase
 from gammaopt.online.streams._teacher import Teacher
 
@@ -17,6 +18,7 @@ STREAMS: dict[str, Callable[..., Stream]] = {
     "digits": Digits,
     "hermite": Hermite,
     "parity": Parity,
+    "photos": Photos,
     "staircase": Staircase,
     "teacher": Teacher,
 }

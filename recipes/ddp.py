@@ -55,7 +55,7 @@ def main() -> None:
 
     def share(step: int, size: int, split: str = "train") -> tuple[Tensor, Tensor]:
         """This process's part of a batch of ``size``."""
-        inputs, targets = digits.batches(args.seed, step, step + 1, size, split)  # type: ignore[arg-type]
+        inputs, targets = digits.batches(args.seed, step, step + 1, size, split)
         return inputs[0, rank::world].to(device), targets[0, rank::world].to(device)
 
     torch.manual_seed(args.seed)

@@ -1,4 +1,4 @@
-"""FSDP2 by torchrun: wrap, then fully_shard, then the optimizer; θ₀ is sharded with the model.
+r"""FSDP2 by torchrun: wrap, then fully_shard, then the optimizer; θ₀ is sharded with the model.
 
     python recipes/fsdp2.py                          # smoke preset: starts two processes on the CPU by itself
     torchrun --standalone --nproc-per-node 8 recipes/fsdp2.py --width 2048 --layers 24 --heads 16 --batch-size 1024 \
@@ -73,7 +73,7 @@ def main() -> None:
 
     def share(step: int, size: int, split: str = "train") -> tuple[Tensor, Tensor]:
         """This process's part of a batch of ``size``."""
-        inputs, targets = digits.batches(args.seed, step, step + 1, size, split)  # type: ignore[arg-type]
+        inputs, targets = digits.batches(args.seed, step, step + 1, size, split)
         return inputs[0, rank::world].to(device), targets[0, rank::world].to(device)
 
     torch.manual_seed(args.seed)  # the same network on every rank

@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: a ViT built from a config, with gammaopt's AdamW and the loss of f.
+r"""Hugging Face Trainer: a ViT built from a config, with gammaopt's AdamW and the loss of f.
 
     python recipes/hf_trainer.py                     # smoke preset: a tiny ViT on 32×32 crops of photographs, CPU
     python recipes/hf_trainer.py --gamma 3
@@ -39,7 +39,7 @@ class PhotoSamples(IterableDataset[dict[str, Tensor]]):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for step in range(self.samples // 64):
-            inputs, targets = self.photos.batches(self.seed, step, step + 1, 64, self.split)  # type: ignore[arg-type]
+            inputs, targets = self.photos.batches(self.seed, step, step + 1, 64, self.split)
             for pixels, label in zip(inputs[0], targets[0], strict=True):
                 yield {"pixel_values": pixels, "labels": label}
 

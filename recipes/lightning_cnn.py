@@ -37,7 +37,7 @@ class PhotoBatches(IterableDataset[tuple[Tensor, Tensor]]):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for step in range(self.steps):
-            inputs, targets = self.photos.batches(self.seed, step, step + 1, self.size, self.split)  # type: ignore[arg-type]
+            inputs, targets = self.photos.batches(self.seed, step, step + 1, self.size, self.split)
             yield inputs[0], targets[0]
 
 
@@ -53,13 +53,13 @@ class Classifier(L.LightningModule):
         )
         self.lr = lr
 
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         inputs, targets = batch
         outputs = self.net(inputs)
         self.log("online accuracy", (outputs.argmax(-1) == targets).float().mean(), prog_bar=True)
         return F.cross_entropy(outputs, targets)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+    def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         inputs, targets = batch
         self.log("accuracy", (self.net(inputs).argmax(-1) == targets).float().mean())
 

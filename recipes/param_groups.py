@@ -62,7 +62,7 @@ def main() -> None:
     digits = Digits()
 
     def batch(step: int, size: int, split: str = "train") -> tuple[Tensor, Tensor]:
-        inputs, targets = digits.batches(args.seed, step, step + 1, size, split)  # type: ignore[arg-type]
+        inputs, targets = digits.batches(args.seed, step, step + 1, size, split)
         return inputs[0].to(args.device), targets[0].to(args.device)
 
     torch.manual_seed(args.seed)
@@ -74,7 +74,7 @@ def main() -> None:
         net, gamma=args.gamma, example_inputs=batch(0, 64)[0], parametrization="mean_field", loss="cross_entropy"
     )
     optimizers = make(model, lr, args.steps)
-    print(model.gammaopt.table(lr, family))  # type: ignore[arg-type]
+    print(model.gammaopt.table(lr, family))
 
     def mode(name: str) -> None:
         """Schedule-free optimizers average the parameters for evaluation, and need to be told."""

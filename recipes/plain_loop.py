@@ -48,7 +48,7 @@ def main() -> None:
     digits = Digits()
 
     def batch(step: int, size: int, split: str = "train") -> tuple[Tensor, Tensor]:
-        inputs, targets = digits.batches(args.seed, step, step + 1, size, split)  # type: ignore[arg-type]
+        inputs, targets = digits.batches(args.seed, step, step + 1, size, split)
         return inputs[0].to(args.device), targets[0].to(args.device)
 
     torch.manual_seed(args.seed)

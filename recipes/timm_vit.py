@@ -1,4 +1,4 @@
-"""A timm vision transformer with timm's own optimizer factory, scheduler and EMA, at any γ.
+r"""A timm vision transformer with timm's own optimizer factory, scheduler and EMA, at any γ.
 
     python recipes/timm_vit.py                       # smoke preset: a tiny ViT on 32×32 crops of photographs, CPU
     python recipes/timm_vit.py --gamma 3
@@ -47,7 +47,7 @@ def main() -> None:
 
     def batches(steps: int, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         for step in range(steps):
-            inputs, targets = photos.batches(args.seed, step, step + 1, args.batch_size, split)  # type: ignore[arg-type]
+            inputs, targets = photos.batches(args.seed, step, step + 1, args.batch_size, split)
             images = inputs[0] if args.size == 32 else F.interpolate(inputs[0], args.size, mode="bilinear")
             yield images.to(args.device), targets[0].to(args.device)
 

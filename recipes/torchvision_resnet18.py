@@ -1,9 +1,9 @@
-"""torchvision's ResNet-18, unchanged, at any feature-learning strength γ.
+r"""torchvision's ResNet-18, unchanged, at any feature-learning strength γ.
 
     python recipes/torchvision_resnet18.py           # smoke preset: 32×32 crops of photographs, CPU
     python recipes/torchvision_resnet18.py --gamma 0.3
-    python recipes/torchvision_resnet18.py --data imagenet --size 224 --classes 1000 --batch-size 256 --steps 450000 --device cuda
-                                                     # imagenet/train/CLASS/*.jpg and imagenet/val/CLASS/*.jpg
+    python recipes/torchvision_resnet18.py --data imagenet --size 224 --classes 1000 --batch-size 256 \
+        --steps 450000 --device cuda                 # imagenet/train/CLASS/*.jpg and imagenet/val/CLASS/*.jpg
 
 What it shows: the network keeps torchvision's initialisation and BatchNorm; `wrap` measures its effective depth (2: a
 ResNet's convolutions are scale-invariant) and its knee, which bend the law. center="zero_readout" starts at f = 0
@@ -27,26 +27,25 @@ import gammaopt
 from gammaopt.online import Photos
 
 
-def folder(args: argparse.Namespace, split: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of images in folders named by class, epoch after epoch."""
-    crop = transforms.RandomResizedCrop(args.size) if split == "train" else transforms.CenterCrop(args.size)
-    steps = [transforms.Resize(args.size * 8 // 7), crop, transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+def folder(args: argparse.Namespace, *, training: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of images in folders named by class: epoch after epoch of train/, or one of val/."""
+    random = [transforms.RandomResizedCrop(args.size), transforms.RandomHorizontalFlip()]
+    centre = [transforms.Resize(args.size * 8 // 7), transforms.CenterCrop(args.size)]
     normalise = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    images = datasets.ImageFolder(args.data / split, transforms.Compose([*steps, normalise]))
-    loader = torch.utils.data.DataLoader(images, args.batch_size, shuffle=True, num_workers=args.workers)
-    while True:
+    steps = [*(random if training else centre), transforms.ToTensor(), normalise]
+    images = datasets.ImageFolder(args.data / ("train" if training else "val"), transforms.Compose(steps))
+    loader = torch.utils.data.DataLoader(images, args.batch_size, shuffle=training, num_workers=args.workers)
+    yield from loader
+    while training:
         yield from loader
-        if split == "val":
-            return
 
 
-def photos(args: argparse.Namespace, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+def photos(args: argparse.Namespace, *, training: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """Fresh batches of the photographs that the scikit-image and scikit-learn packages carry."""
     stream = Photos()
-    for step in range(args.steps if split == "train" else 8):
-        inputs, targets = stream.batches(
-            args.seed, step, step + 1, args.batch_size, "train" if split == "train" else "held_out"
-        )
+    for step in range(args.steps if training else 8):
+        split = "train" if training else "held_out"
+        inputs, targets = stream.batches(args.seed, step, step + 1, args.batch_size, split)
         yield inputs[0], targets[0]
 
 
@@ -69,7 +68,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     net = models.resnet18(num_classes=args.classes)
-    example = next(iter(batches(args, "train")))[0][:8]
+    example = next(iter(batches(args, training=True)))[0][:8]
     model = gammaopt.wrap(
         net, gamma=args.gamma, example_inputs=example, center="zero_readout", loss="cross_entropy"
     ).to(args.device)
@@ -77,7 +76,9 @@ def main() -> None:
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=args.steps)
     print(model.gammaopt.table(args.lr))
 
-    progress = tqdm(zip(range(args.steps), batches(args, "train")), total=args.steps, desc="training")
+    progress = tqdm(
+        zip(range(args.steps), batches(args, training=True), strict=False), total=args.steps, desc="training"
+    )
     for step, (inputs, targets) in progress:
         loss = F.cross_entropy(model(inputs.to(args.device)), targets.to(args.device))
         optimizer.zero_grad()
@@ -90,7 +91,7 @@ def main() -> None:
     plain = gammaopt.fold(model, example.to(args.device)).eval()  # torchvision's own class again; it computes f
     right = total = 0
     with torch.no_grad():
-        for inputs, targets in batches(args, "val"):
+        for inputs, targets in batches(args, training=False):
             right += int((plain(inputs.to(args.device)).argmax(-1).cpu() == targets).sum())
             total += len(targets)
     print(f"held-out accuracy {100 * right / total:.1f} % (chance {100 / args.classes:.1f} %)")

@@ -7,8 +7,9 @@ line on stderr and exit code 2, so that a bug in the package is never mistaken f
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 
 
@@ -52,6 +53,14 @@ def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
     if value not in names:
         raise UsageError(f"unknown {name} {value!r}; choose one of: {', '.join(names)}")
     return value
+
+
+def check_knobs(owner: str, made: Callable[..., object], knobs: Iterable[str], given: int = 0) -> None:
+    """Raise :class:`UsageError` for a name that ``made`` does not take, its first ``given`` parameters aside."""
+    taken = list(inspect.signature(made).parameters)[given:]
+    for knob in knobs:
+        if knob not in taken:
+            raise UsageError(f"{owner} has no knob {knob!r}; it has: {', '.join(taken) or 'none'}")
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -10,8 +10,13 @@ from gammaopt.online.models import MLP as MLP
 from gammaopt.online.record import Curve as Curve
 from gammaopt.online.record import RunRecord as RunRecord
 from gammaopt.online.streams import Digits as Digits
+from gammaopt.online.streams import Hermite as Hermite
+from gammaopt.online.streams import Parity as Parity
+from gammaopt.online.streams import Photos as Photos
 from gammaopt.online.streams import Staircase as Staircase
 from gammaopt.online.streams import Stream as Stream
+from gammaopt.online.streams import Teacher as Teacher
+from gammaopt.online.streams import build_stream as build_stream
 from gammaopt.online.tasks import TASKS as TASKS
 from gammaopt.online.tasks import Task as Task
 from gammaopt.online.tasks import get_task as get_task
@@ -25,6 +30,9 @@ __all__ = [
     "TASKS",
     "Curve",
     "Digits",
+    "Hermite",
+    "Parity",
+    "Photos",
     "Progress",
     "Recipe",
     "Run",
@@ -32,6 +40,8 @@ __all__ = [
     "Staircase",
     "Stream",
     "Task",
+    "Teacher",
+    "build_stream",
     "get_task",
     "train",
     "train_many",

@@ -10,7 +10,7 @@ from torch import nn
 from gammaopt._errors import one_of
 from gammaopt._laws import Loss, OptimizerFamily
 from gammaopt.online.models import MLP
-from gammaopt.online.streams import Digits, Stream
+from gammaopt.online.streams import Digits, Parity, Stream
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ def _digits_mlp(width: int = 64, depth: int = 3) -> nn.Module:
     return MLP(144, 10, width=width, depth=depth)
 
 
+def _parity_mlp(width: int = 64, depth: int = 3) -> nn.Module:
+    return MLP(20, 2, width=width, depth=depth)
+
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in [
@@ -57,6 +61,20 @@ TASKS: dict[str, Task] = {
             base_lr={
                 ("sgd", "cross_entropy"): 2.0,
                 ("sgd", "mse"): 16.0,
+                ("adam", "cross_entropy"): 0.5,
+                ("adam", "mse"): 0.5,
+            },
+        ),
+        Task(
+            name="parity",
+            summary="product of 3 of 20 bits, 3-layer MLP of width 64",
+            stream=lambda: Parity(20, 3),
+            build=_parity_mlp,
+            depth=3.0,
+            losses=("cross_entropy", "mse"),
+            base_lr={
+                ("sgd", "cross_entropy"): 2.0,
+                ("sgd", "mse"): 4.0,
                 ("adam", "cross_entropy"): 0.5,
                 ("adam", "mse"): 0.5,
             },

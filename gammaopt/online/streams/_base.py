@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -33,6 +34,23 @@ class Stream(Protocol):
         ...
 
 
+class Generated:
+    """A stream that makes its samples on a device: the base class of those that do."""
+
+    device = torch.device("cpu")
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same stream, with its samples made on ``device``."""
+        twin = copy.copy(self)
+        twin.device = torch.device(device)
+        return twin
+
+
+def on_device(stream: Stream, device: torch.device | str) -> Stream:
+    """The stream made on ``device``, where it can be, else as it is."""
+    return stream.to(device) if isinstance(stream, Generated) else stream
+
+
 def generator(seed: int, step: int, split: Split) -> torch.Generator:
     """The random generator of one batch; seeds that differ in any part give unrelated draws."""
     digest = hashlib.blake2b(f"{seed}/{step}/{split}".encode(), digest_size=8).digest()
@@ -57,7 +75,8 @@ class Batches:
         device: torch.device | str = "cpu",
         keep_bytes: int = 256 * 2**20,
     ) -> None:
-        self.stream, self.seed, self.steps, self.size, self.device = stream, seed, steps, size, device
+        self.stream = on_device(stream, device)
+        self.seed, self.steps, self.size, self.device = seed, steps, size, device
         self.keeps_all = 4 * steps * size * math.prod(stream.shape) <= keep_bytes
         self._chunks: dict[int, tuple[Tensor, Tensor]] = {}
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from gammaopt._errors import UsageError, at_least
-from gammaopt.online.streams._base import Split, generator
+from gammaopt.online.streams import _random
+from gammaopt.online.streams._base import Generated, Split
 
 
-class Staircase:
+class Staircase(Generated):
     """Infinite stream of ±1 vectors (float32) and one float target with mean 0 and variance 1.
 
     Training and held-out samples come from the same distribution with independent draws.
@@ -36,9 +37,7 @@ class Staircase:
 
     def batches(self, seed: int, start: int, stop: int, size: int, split: Split = "train") -> tuple[Tensor, Tensor]:
         """See :class:`Stream`."""
-        bits = [
-            torch.randint(2, (size, *self.shape), generator=generator(seed, step, split)) for step in range(start, stop)
-        ]
-        inputs = 2.0 * torch.stack(bits) - 1.0
+        keys = _random.keys(seed, start, stop, split, self.device)
+        inputs = 2.0 * _random.bits(keys, size * self.shape[0]).view(-1, size, *self.shape) - 1.0
         monomials = torch.cumprod(inputs[..., : self.terms], dim=-1)
         return inputs, monomials.sum(-1) / self.terms**0.5

@@ -17,7 +17,16 @@ from gammaopt._errors import UsageError
 from gammaopt._plan import Plan, Scale
 from gammaopt._wrap import unwrap
 from gammaopt.online.streams import Batches
-from gammaopt.online.train import FAMILIES, HELD_OUT_SLICE, Recipe, Run, fresh_model, held_out_samples, seeded
+from gammaopt.online.train import (
+    FAMILIES,
+    HELD_OUT_SLICE,
+    Recipe,
+    Run,
+    fresh_model,
+    held_out_samples,
+    mixes_samples,
+    seeded,
+)
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 ADAMW_DECAY = 1e-2
@@ -44,7 +53,7 @@ class Seed:
                 self._frozen.clear()
             steps = range(chunk * Batches.CHUNK, min((chunk + 1) * Batches.CHUNK, self.batches.steps))
             inputs = torch.stack([self.batches[i][0] for i in steps]).to(self.recipe.dtype)
-            if _mixes_samples(self.net):  # h₀ of a batch is that of no other batch beside it
+            if mixes_samples(self.net):  # h₀ of a batch is that of no other batch beside it
                 self._frozen[chunk] = torch.stack([self._h0(batch) for batch in inputs])
             else:
                 output = self._h0(inputs.flatten(0, 1))
@@ -86,11 +95,6 @@ class Seeds:
     def scales(self, run: Run) -> Mapping[str, Scale]:
         plan = dataclasses.replace(self[run.seed].plan, gamma=run.gamma)
         return plan.scales(FAMILIES[self.recipe.optimizer])
-
-
-def _mixes_samples(net: nn.Module) -> bool:
-    """Whether an output depends on the other samples of its batch."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules())
 
 
 def _check_module(net: nn.Module) -> None:

@@ -30,6 +30,9 @@ app = typer.Typer(
     help="Tune the richness: hyperparameter transfer across the feature-learning strength γ.",
 )
 
+data = typer.Typer(help="Look at data sets on disk.")
+app.add_typer(data, name="data")
+
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
@@ -145,6 +148,28 @@ def portrait(
             )  # fmt: skip
         typer.echo(_as_json(rows) if json else _as_table(rows))
         Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True).print(f"Picture: {picture}", markup=False)
+
+
+@data.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="Folder of CIFAR-5M, MNIST-1M, TinyImageNet, or images by class.")],
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Look at names, sizes and labels; don't read the images.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+) -> None:
+    """Say what a folder of images holds and what is wrong with it; exit code 1 if something is.
+
+    Reads every image once and writes nothing.
+    """
+    with _usage_errors():
+        from gammaopt._data_command import check_folder, progress
+
+        with progress(quiet) as show:
+            checked = check_folder(path, fast=fast, on_progress=show)
+        typer.echo(str(checked))
+        if checked.problems:
+            raise typer.Exit(1)
 
 
 def _as_json(rows: list[ExponentRow]) -> str:

@@ -7,6 +7,9 @@ from gammaopt.online.ensemble import Progress as Progress
 from gammaopt.online.ensemble import train_many as train_many
 from gammaopt.online.models import CNN as CNN
 from gammaopt.online.models import MLP as MLP
+from gammaopt.online.models import ResNet18 as ResNet18
+from gammaopt.online.models import ViT as ViT
+from gammaopt.online.models import build_model as build_model
 from gammaopt.online.record import Curve as Curve
 from gammaopt.online.record import RunRecord as RunRecord
 from gammaopt.online.streams import Digits as Digits
@@ -35,12 +38,15 @@ __all__ = [
     "Photos",
     "Progress",
     "Recipe",
+    "ResNet18",
     "Run",
     "RunRecord",
     "Staircase",
     "Stream",
     "Task",
     "Teacher",
+    "ViT",
+    "build_model",
     "build_stream",
     "get_task",
     "train",

@@ -17,9 +17,17 @@ from gammaopt._errors import UsageError
 from gammaopt._plan import Plan, Scale
 from gammaopt._wrap import unwrap
 from gammaopt.online.streams import Batches
-from gammaopt.online.train import FAMILIES, Recipe, Run, fresh_model, held_out_samples, seeded
+from gammaopt.online.train import (
+    FAMILIES,
+    HELD_OUT_SLICE,
+    Recipe,
+    Run,
+    fresh_model,
+    held_out_samples,
+    mixes_samples,
+    seeded,
+)
 
-HELD_OUT_SLICE = 256  # samples of the held-out set passed through a whole stack at a time
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 ADAMW_DECAY = 1e-2
 
@@ -48,9 +56,12 @@ class Seed:
             if not self.batches.keeps_all:
                 self._frozen.clear()
             steps = range(chunk * Batches.CHUNK, min((chunk + 1) * Batches.CHUNK, self.batches.steps))
-            inputs = torch.stack([self.batches[i][0] for i in steps])
-            output = self._h0(inputs.flatten(0, 1).to(self.recipe.dtype))
-            self._frozen[chunk] = output.view(*inputs.shape[:2], *output.shape[1:])
+            inputs = torch.stack([self.batches[i][0] for i in steps]).to(self.recipe.dtype)
+            if mixes_samples(self.net):  # h₀ of a batch is that of no other batch beside it
+                self._frozen[chunk] = torch.stack([self._h0(batch) for batch in inputs])
+            else:
+                output = self._h0(inputs.flatten(0, 1))
+                self._frozen[chunk] = output.view(*inputs.shape[:2], *output.shape[1:])
         return self._frozen[chunk][offset]
 
     @torch.no_grad()

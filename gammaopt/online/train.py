@@ -32,6 +32,7 @@ FAMILIES: dict[str, OptimizerFamily] = {"sgd": "sgd", "adam": "adam", "adamw": "
 LOOK_EVERY = 50  # steps between two looks at the losses on the device
 DIVERGED_RATIO = 1e3  # a loss this many times the loss of f = 0 has diverged
 HELD_OUT_SAMPLES = 2048
+HELD_OUT_SLICE = 256  # of them passed through a stack, or a network with batch statistics, at a time
 
 
 @dataclass(frozen=True)
@@ -270,9 +271,14 @@ def held_out(recipe: Recipe, seed: int, model: nn.Module) -> tuple[float, float]
     """Accuracy and loss on held-out samples: the same for every run of a seed."""
     inputs, targets = held_out_samples(recipe, seed)
     model.eval()
-    output = model(inputs)
+    output = torch.cat([model(part) for part in inputs.split(HELD_OUT_SLICE if mixes_samples(model) else len(inputs))])
     loss = float(CRITERIA[recipe.loss](output, targets))
     return float(hits(output, targets).double().mean()), loss
+
+
+def mixes_samples(net: nn.Module) -> bool:
+    """Whether an output depends on the other samples of its batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules())
 
 
 def held_out_samples(recipe: Recipe, seed: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,8 @@ from typing import Literal, Protocol, Self
 import torch
 from torch import Tensor
 
+from gammaopt._errors import UsageError
+
 Split = Literal["train", "held_out"]
 
 
@@ -46,6 +48,26 @@ class Generated:
         return twin
 
 
+class Finite:
+    """A stream with so many training samples and no more: the base class of those whose pass ends.
+
+    Attributes:
+        name: of the stream.
+        train_samples: how many there are.
+    """
+
+    name: str
+    train_samples: int
+
+    def check(self, steps: int, size: int) -> None:
+        """Raise :class:`UsageError` unless one pass has ``steps`` batches of ``size``."""
+        if steps * size > self.train_samples:
+            raise UsageError(
+                f"{self.name} has {self.train_samples:,} training samples, {self.train_samples // size:,} batches of "
+                f"{size}; steps={steps:,} is more than one pass: give fewer steps or smaller batches"
+            )
+
+
 def on_device(stream: Stream, device: torch.device | str) -> Stream:
     """The stream made on ``device``, where it can be, else as it is."""
     return stream.to(device) if isinstance(stream, Generated) else stream
@@ -78,6 +100,8 @@ class Batches:
         self.stream = on_device(stream, device)
         self.seed, self.steps, self.size, self.device = seed, steps, size, device
         self.keeps_all = 4 * steps * size * math.prod(stream.shape) <= keep_bytes
+        if isinstance(stream, Finite):
+            stream.check(steps, size)
         self._chunks: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:

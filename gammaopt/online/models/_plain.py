@@ -1,4 +1,4 @@
-"""The paper's models, parametric in width and depth."""
+"""Plain networks: the MLP and the CNN, homogeneous of degree ``depth`` in their weights."""
 
 from __future__ import annotations
 

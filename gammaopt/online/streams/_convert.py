@@ -1,0 +1,167 @@
+"""Arrays made once and kept: what can't be mapped as it is becomes an ``.npy`` file in a cache folder.
+
+An array is written under another name and moved to its own when it is whole, then entered in ``manifest.json`` with
+the fingerprint of what it was made from. An array that is not in the manifest, or whose source has changed, is made
+again; processes that want the same one wait for the first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gammaopt._errors import UsageError
+from gammaopt._files import write_atomically
+from gammaopt.online.streams._mapped import Array, Member, members
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"
+
+
+class Converted(NamedTuple):
+    """How far a conversion is."""
+
+    what: str
+    done: int
+    total: int
+
+
+OnConvert = Callable[[Converted], object]
+
+
+class Lines:
+    """A line on stderr for each tenth of a large conversion, and one at the end of any."""
+
+    LARGE = 256 * 2**20  # bytes
+
+    def __init__(self) -> None:
+        self._said: tuple[str, int] | None = None
+
+    def __call__(self, progress: Converted) -> None:
+        """Say how far it is, unless that was said already."""
+        done = (progress.what, 10 * progress.done // max(1, progress.total))
+        if done != self._said and (done[1] == 10 or progress.total >= self.LARGE):
+            print(f"{progress.what}: {progress.done / 1e6:,.1f} of {progress.total / 1e6:,.1f} MB", file=sys.stderr)
+            self._said = done
+
+
+class Cache:
+    """A folder of arrays and its manifest.
+
+    Args:
+        folder: made when the first array is.
+        on_progress: told how far each conversion is; lines on stderr if ``None``.
+    """
+
+    def __init__(self, folder: Path, on_progress: OnConvert | None = None) -> None:
+        self.folder, self.on_progress = folder, on_progress or Lines()
+
+    def member(self, member: Member) -> Array:
+        """The array of a file: mapped in place where it is stored, else from here."""
+        if member.offset is not None:
+            return member.mapped()
+        stat = member.path.stat()
+        name = f"{member.path.stem}.{member.name}.npy"
+        fingerprint = f"{member.path.name}:{member.name} {stat.st_size} {stat.st_mtime_ns}"
+        return self.array(name, member.shape, member.dtype, fingerprint, member.pieces, fortran=member.fortran)
+
+    def array(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        fingerprint: str,
+        pieces: Callable[[], Iterable[bytes]],
+        *,
+        fortran: bool = False,
+    ) -> Array:
+        """The array called ``name``, mapped; made from ``pieces`` unless it has been, from the same source.
+
+        Raises:
+            UsageError: if the folder can't be written, and whatever ``pieces`` raises. Nothing is left behind then.
+        """
+        if not self._has(name, fingerprint):
+            with self._lock():
+                if not self._has(name, fingerprint):  # the process that held the lock may have made it
+                    self._make(name, shape, dtype, fingerprint, pieces, fortran)
+        return members(self.folder / name)[""].mapped()
+
+    def _manifest(self) -> dict[str, dict[str, Any]]:
+        try:
+            content = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def _has(self, name: str, fingerprint: str) -> bool:
+        entry = self._manifest().get(name)
+        path = self.folder / name
+        return (
+            entry is not None
+            and entry.get("made_from") == fingerprint
+            and path.exists()
+            and path.stat().st_size == entry.get("bytes")
+        )
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = open(self.folder / "lock", "a", encoding="utf-8")  # noqa: SIM115 - held until the array is made
+        except OSError as error:
+            raise UsageError(
+                f"{self.folder} can't be written: {error.strerror}; give another folder as cache"
+            ) from None
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for left in self.folder.glob(f"*{PARTIAL}"):  # by a process that was killed
+                left.unlink()
+            yield
+
+    def _make(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        fingerprint: str,
+        pieces: Callable[[], Iterable[bytes]],
+        fortran: bool,
+    ) -> None:
+        total = math.prod(shape) * dtype.itemsize
+        partial = self.folder / f"{name}{PARTIAL}"
+        try:
+            with open(partial, "wb") as file:
+                described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": fortran, "shape": shape}
+                np.lib.format.write_array_header_2_0(file, described)  # type: ignore[no-untyped-call, unused-ignore]
+                begin = file.tell()
+                for piece in pieces():
+                    file.write(piece)
+                    self.on_progress(Converted(name, file.tell() - begin, total))
+                file.flush()
+                os.fsync(file.fileno())
+            size = partial.stat().st_size
+            if size != begin + total:
+                raise UsageError(
+                    f"{name} came out with {size - begin:,} bytes of {total:,}; its source changed: try again"
+                )
+            partial.replace(self.folder / name)
+        except OSError as error:
+            raise UsageError(
+                f"{partial.parent / name} can't be written ({error.strerror}); it needs {total:,} bytes: "
+                "make room, or give another folder as cache"
+            ) from None
+        finally:
+            partial.unlink(missing_ok=True)
+        entry = {"made_from": fingerprint, "bytes": size, "shape": list(shape), "dtype": str(dtype)}
+        write_atomically(
+            self.folder / MANIFEST, json.dumps({**self._manifest(), name: entry}, indent=1, ensure_ascii=False) + "\n"
+        )

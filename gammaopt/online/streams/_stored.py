@@ -1,0 +1,313 @@
+r"""Streams of images that are there already: one pass in a random order, and a part that no pass ever shows.
+
+    x = (pixel/255 − mean)/std    for each channel, on the device; on disk the pixels are uint8
+
+Sample i of step t of a seed is image π_seed(t·size + i) of the training part, π_seed a permutation that is evaluated
+and not kept (:mod:`gammaopt.online.streams._order`), so a batch depends on (seed, step, size) alone and none comes
+twice. Files are mapped; the operating system is told ahead which bytes a chunk of batches needs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gammaopt._errors import UsageError, at_least
+from gammaopt.online.streams._base import Finite, Generated, Split
+from gammaopt.online.streams._convert import Cache, OnConvert
+from gammaopt.online.streams._layouts import SIDE, Found, open_layout, recognise
+from gammaopt.online.streams._mapped import Array
+from gammaopt.online.streams._order import Indices, Order, permute
+
+HELD_OUT = 10_000  # images, or a tenth of them if that is fewer
+SCATTERED = 2**30  # bytes: up to here any image may follow any; beyond, blocks of neighbours do
+BLOCK = 128  # neighbours on disk that are read together
+STATISTICS = 4096  # images from which mean and standard deviation are taken
+READ_AHEAD = 2**20  # bytes between two pieces that are asked for as one
+
+
+class Stored(Generated, Finite):
+    """Stream of float32 images with about zero mean and unit variance, and int64 classes; a pass shows each once.
+
+    Args:
+        name: short name, part of every record.
+        images: arrays (n, height, width) or (n, height, width, channels), uint8; mapped ones are read as needed.
+        labels: their classes, one array for each of images.
+        classes: how many there are.
+        held: images and labels of a test set; without, ``held_out`` of the images are never in a pass.
+        held_out: how many to hold out, where there is no test set.
+        resident: bytes to spend on keeping the first images on the device, as uint8; the rest comes from the disk.
+
+    Raises:
+        UsageError: for shapes that do not fit together, or too few images.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        images: Sequence[Array],
+        labels: Sequence[Array],
+        classes: int,
+        *,
+        held: tuple[Array, Array] | None = None,
+        held_out: int | None = None,
+        resident: int = 0,
+    ) -> None:
+        sizes = {part.shape[1:] for part in images}
+        if len(sizes) != 1 or any(len(x) != len(y) for x, y in zip(images, labels, strict=True)):
+            raise UsageError(f"{name}: images of shapes {sorted(sizes)} and their labels do not fit together")
+        self.name, self.classes, self.resident = name, classes, at_least("resident", resident, 0)
+        height, width, *channels = sizes.pop()
+        self.shape: tuple[int, ...] = (*(channels or [1]), height, width)
+        self._images, self._begin = list(images), np.cumsum([0, *map(len, images)])
+        self._labels = torch.from_numpy(np.concatenate(list(labels)))
+        self._held = held
+        count = int(self._begin[-1])
+        wanted = 0 if held else at_least("held_out", min(HELD_OUT, count // 10) if held_out is None else held_out, 1)
+        self._order = Order(count, wanted, BLOCK if count * self._bytes > SCATTERED else 1)
+        if self._order.train < 1:
+            raise UsageError(f"{name} has {count:,} images; held_out={wanted:,} of them leaves none to train on")
+        self.train_samples = self._order.train
+        self._mean, self._std = self._statistics()
+        self._kept = torch.empty(0, dtype=torch.uint8)
+        if resident:
+            self._kept = self._keep()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy in another process maps the files itself: they are not sent."""
+        state = {**vars(self), "_images": [_place(images) for images in self._images]}
+        if self._held is not None:
+            state["_held"] = (_place(self._held[0]), self._held[1])
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._images = [_found_again(images) for images in state["_images"]]
+        if self._held is not None:
+            self._held = (_found_again(self._held[0]), self._held[1])
+
+    @property
+    def labels(self) -> Tensor:
+        """Classes of all images, (n,) int64, in the order in which they are stored."""
+        return self._labels
+
+    @property
+    def held_samples(self) -> int:
+        """How many images are held out."""
+        return len(self._held[0]) if self._held else len(self._labels) - self.train_samples
+
+    @property
+    def _bytes(self) -> int:
+        """Of one image."""
+        return int(np.prod(self.shape))
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same stream, with its samples normalised on ``device``, and its resident part there."""
+        twin = super().to(device)
+        twin._kept = twin._keep() if self.resident else self._kept
+        return twin
+
+    def batches(self, seed: int, start: int, stop: int, size: int, split: Split = "train") -> tuple[Tensor, Tensor]:
+        """See :class:`Stream`. Held-out images begin anew after their last.
+
+        Raises:
+            UsageError: for a step after the last whole batch of the pass.
+        """
+        places = np.arange(start * size, stop * size)
+        if split == "train":
+            self.check(stop, size)
+            index = self._order.at(places, seed)
+            pixels, labels = self._pixels(index), self._labels[torch.from_numpy(index)]
+        elif self._held is None:
+            index = self._order.held(places)
+            pixels, labels = self._pixels(index), self._labels[torch.from_numpy(index)]
+        else:
+            images, held_labels = self._held
+            index = permute(places % len(images), len(images), 0)
+            pixels = self._upload(_gather(images, index))
+            labels = torch.from_numpy(held_labels[index])
+        images_float = self._normalised(pixels)
+        return (
+            images_float.view(stop - start, size, *self.shape),
+            labels.to(self.device).view(stop - start, size),
+        )
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """(n, height, width[, channels]) uint8 → (n, channels, height, width) float32."""
+        pixels = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
+        scale, shift = 1 / (255 * self._std), -self._mean / self._std
+        made = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        return made.mul_(scale.to(self.device)[:, None, None]).add_(shift.to(self.device)[:, None, None])
+
+    def _pixels(self, index: Indices) -> Tensor:
+        """The images of those indices, on the device, uint8."""
+        kept = len(self._kept)
+        if not kept:
+            return self._upload(self._read(index))
+        here = index < kept
+        made = torch.empty(len(index), *self._images[0].shape[1:], dtype=torch.uint8, device=self.device)
+        where = torch.from_numpy(here).to(self.device)
+        made[where] = self._kept[torch.from_numpy(index[here]).to(self.device)]
+        made[~where] = self._upload(self._read(index[~here]))
+        return made
+
+    def _upload(self, pixels: Array) -> Tensor:
+        return torch.from_numpy(pixels).to(self.device)
+
+    def _read(self, index: Indices) -> Array:
+        """The images of those indices, from the arrays, in the order in which they lie there."""
+        made = np.empty((len(index), *self._images[0].shape[1:]), np.uint8)
+        part = np.searchsorted(self._begin, index, side="right") - 1
+        for i in np.unique(part):
+            here = np.flatnonzero(part == i)
+            made[here] = _gather(self._images[i], index[here] - self._begin[i])
+        return made
+
+    def _keep(self) -> Tensor:
+        """The first images that ``resident`` bytes hold, on the device."""
+        count = min(int(self._begin[-1]), self.resident // self._bytes)
+        kept = torch.empty(count, *self._images[0].shape[1:], dtype=torch.uint8, device=self.device)
+        for start in range(0, count, STATISTICS):
+            index = np.arange(start, min(start + STATISTICS, count))
+            kept[start : start + len(index)] = self._upload(self._read(index))
+        return kept
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel, of 0 … 1, over the first batch of a pass of no seed."""
+        count = min(STATISTICS, self.train_samples)
+        pixels = torch.from_numpy(self._read(self._order.at(np.arange(count), -1))).double() / 255
+        axes = (0, 1, 2)
+        std, mean = torch.std_mean(pixels, axes, correction=0)
+        return mean.float().view(-1), std.float().view(-1).clamp(min=1e-3)
+
+
+class _Place(NamedTuple):
+    """Where a mapped array lies."""
+
+    path: str
+    dtype: np.dtype[Any]
+    offset: int
+    shape: tuple[int, ...]
+
+
+def _place(images: Array) -> Array | _Place:
+    if isinstance(images, np.memmap) and images.flags.c_contiguous and images.filename is not None:
+        return _Place(str(images.filename), images.dtype, images.offset, images.shape)
+    return images
+
+
+def _found_again(images: Array | _Place) -> Array:
+    if isinstance(images, _Place):
+        return np.memmap(images.path, images.dtype, "r", images.offset, images.shape)
+    return images
+
+
+def _gather(images: Array, index: Indices) -> Array:
+    order = np.argsort(index, kind="stable")
+    _read_ahead(images, index[order])
+    made = np.empty((len(index), *images.shape[1:]), np.uint8)
+    made[order] = images[index[order]]
+    return made
+
+
+def _read_ahead(images: Array, index: Indices) -> None:
+    """Ask for the bytes of these images, in order, before they are touched: one by one each would wait for the disk."""
+    path = getattr(images, "filename", None)
+    if path is None or not isinstance(images, np.memmap) or not hasattr(os, "posix_fadvise") or not len(index):
+        return
+    one = int(np.prod(images.shape[1:]))
+    gap = max(1, READ_AHEAD // one)
+    cuts = np.flatnonzero(np.diff(index) > gap) + 1
+    file = os.open(path, os.O_RDONLY)
+    try:
+        for run in np.split(index, cuts):
+            begin, end = int(run[0]) * one, (int(run[-1]) + 1) * one
+            for place in range(begin, end, READ_AHEAD):  # a request is cut short where it is longer than the device's
+                os.posix_fadvise(file, images.offset + place, min(READ_AHEAD, end - place), os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(file)
+
+
+def cifar5m(
+    path: str | Path,
+    *,
+    held_out: int | None = None,
+    resident: int = 0,
+    cache: str | Path | None = None,
+    on_progress: OnConvert | None = None,
+) -> Stored:
+    """CIFAR-5M: six million 32×32 images of CIFAR-10's classes, made by a diffusion model, as one pass.
+
+    Args:
+        path: folder with ``part0.npz`` … or ``cifar5m_part0.npz`` ….
+        held_out: images never in a pass; 10,000 unless told.
+        resident: bytes of images to keep on the device.
+        cache: folder for what must be converted; ``.gammaopt`` in ``path`` unless told.
+        on_progress: told how far a conversion is.
+
+    Raises:
+        DamagedFileError: for a file that is cut off or damaged.
+        UsageError: for files that do not fit together.
+
+    Source: Nakkiran, Neyshabur, Sedghi, "The deep bootstrap framework", ICLR 2021 (github.com/preetum/cifar5m).
+    """
+    return _stream(path, "cifar5m", held_out, resident, cache, on_progress, SIDE)
+
+
+def mnist1m(
+    path: str | Path,
+    *,
+    held_out: int | None = None,
+    resident: int = 0,
+    cache: str | Path | None = None,
+    on_progress: OnConvert | None = None,
+) -> Stored:
+    """MNIST-1M: a million 28×28 digits made by a diffusion model; the arguments are those of :func:`cifar5m`."""
+    return _stream(path, "mnist1m", held_out, resident, cache, on_progress, SIDE)
+
+
+def imagefolder(
+    path: str | Path,
+    *,
+    side: int = SIDE,
+    held_out: int | None = None,
+    resident: int = 0,
+    cache: str | Path | None = None,
+    on_progress: OnConvert | None = None,
+) -> Stored:
+    """A folder of image files for each class, or TinyImageNet's layout, decoded once to ``side`` × ``side`` pixels.
+
+    A ``val`` or ``test`` folder beside ``train`` is held out whole. The other arguments are those of :func:`cifar5m`.
+    """
+    layout = recognise(Path(path))
+    if layout not in ("imagefolder", "tinyimagenet"):
+        raise UsageError(f"{path} holds {layout}, not image files; name the stream {layout!r}")
+    return _stream(path, layout, held_out, resident, cache, on_progress, at_least("side", side, 1))
+
+
+def _stream(
+    path: str | Path,
+    layout: str,
+    held_out: int | None,
+    resident: int,
+    cache: str | Path | None,
+    on_progress: OnConvert | None,
+    side: int,
+) -> Stored:
+    folder = Path(path)
+    if not folder.is_dir():
+        recognise(folder)  # says what it is instead
+    kept = Cache(folder / ".gammaopt" if cache is None else Path(cache), on_progress)
+    return from_found(open_layout(folder, layout, kept, side), held_out=held_out, resident=resident)
+
+
+def from_found(found: Found, **options: Any) -> Stored:
+    """The stream of a folder's images."""
+    held = None if found.held_images is None or found.held_labels is None else (found.held_images, found.held_labels)
+    return Stored(found.layout, found.images, found.labels, len(found.classes), held=held, **options)

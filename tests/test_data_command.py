@@ -1,0 +1,120 @@
+"""``gammaopt data check`` tells what is there and every problem, not only the first, and leaves the folder alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gammaopt import UsageError
+from gammaopt._data_command import Checked, check_folder
+
+N = 50
+
+
+def cifar(folder: Path, parts: int = 3, compressed: bool = False) -> None:
+    draw = np.random.default_rng(0)
+    for i in range(parts):
+        save = np.savez_compressed if compressed else np.savez
+        save(folder / f"part{i}.npz", X=draw.integers(0, 256, (N, 32, 32, 3), dtype=np.uint8), Y=np.arange(N) % 10)
+
+
+def checked(folder: Path, fast: bool = False) -> Checked:
+    before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+    made = check_folder(folder, fast=fast, on_progress=lambda _: None)
+    assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
+    assert max(map(len, str(made).replace(str(folder), "").splitlines())) < 200
+    return made
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_sound_folder(tmp_path: Path, compressed: bool) -> None:
+    cifar(tmp_path, compressed=compressed)
+    made = checked(tmp_path)
+    assert made.problems == []
+    text = str(made)
+    assert text.startswith(f"{tmp_path}: CIFAR-5M (stream 'cifar5m')")
+    how = "converted at first use" if compressed else "mapped in place"
+    assert f"  part1.npz: 50 images, 0.2 MB, {how}" in text
+    assert "150 sound images: one pass shows 135, 15 are held out" in text
+    assert "10 classes, from 10.00 % to 10.00 % of images" in text
+    assert text.endswith("Nothing is wrong.")
+
+
+def test_every_problem_is_told_and_what_is_sound_is_counted(tmp_path: Path) -> None:
+    cifar(tmp_path, 6, compressed=True)
+    (tmp_path / "part0.npz").unlink()
+    content = (tmp_path / "part1.npz").read_bytes()
+    (tmp_path / "part1.npz").write_bytes(content[:1000])
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 0xFF
+    (tmp_path / "part2.npz").write_bytes(flipped)
+    np.savez(tmp_path / "part3.npz", X=np.zeros((N, 32, 32, 3), np.uint8), Y=np.arange(N))
+    made = checked(tmp_path)
+    assert made.images == 2 * N
+    told = "\n".join(made.problems)
+    assert len(made.problems) == 4
+    assert "there are parts up to 5, but not 0" in told
+    assert "part1.npz is cut off, or no npz file: its 1,000 bytes" in told
+    assert "part2.npz:X is damaged after" in told
+    assert "part3.npz:Y has labels from 0 to 49, outside 0 … 9" in told
+    assert str(made).endswith("4 problems found.")
+
+
+def test_a_flipped_bit_in_a_stored_member_is_found_unless_told_to_be_fast(tmp_path: Path) -> None:
+    cifar(tmp_path, 1)
+    content = bytearray((tmp_path / "part0.npz").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "part0.npz").write_bytes(content)
+    (problem,) = checked(tmp_path).problems
+    assert f"part0.npz:X is damaged after 0 of {N * 3072:,} bytes (Bad CRC-32" in problem
+    assert f"the file has {len(content):,} bytes" in problem
+    assert checked(tmp_path, fast=True).problems == []
+
+
+def test_image_files(tmp_path: Path) -> None:
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            Image.fromarray(np.full((9, 7, 3), 20 * i, np.uint8)).save(tmp_path / name / f"{i}.png")
+    assert checked(tmp_path).problems == []
+    (tmp_path / "bee" / "4.png").write_bytes((tmp_path / "bee" / "4.png").read_bytes()[:50])
+    (tmp_path / "ant" / "2.png").write_bytes(b"")
+    made = checked(tmp_path)
+    assert len(made.problems) == 2
+    assert "2.png (0 bytes) can't be decoded" in made.problems[0]
+    assert made.images == 18
+    assert checked(tmp_path, fast=True).problems == []
+
+
+def test_a_folder_of_something_else_is_one_line() -> None:
+    with pytest.raises(UsageError, match="none of the known layouts"):
+        check_folder(Path(__file__).parent, fast=True, on_progress=lambda _: None)
+
+
+@pytest.mark.parametrize(("spoil", "code"), [(lambda _: None, 0), (lambda f: os.truncate(f / "part0.npz", 99), 1)])
+def test_the_command_exits_with_1_if_something_is_wrong(
+    tmp_path: Path, spoil: Callable[[Path], None], code: int
+) -> None:
+    cifar(tmp_path, 2)
+    spoil(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "gammaopt", "data", "check", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert ("Nothing is wrong." if code == 0 else "1 problem found.") in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_that_is_not_there_is_exit_code_2() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gammaopt", "data", "check", "nowhere"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "gammaopt: nowhere is not there; give the folder that holds the data\n"

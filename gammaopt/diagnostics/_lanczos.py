@@ -6,7 +6,8 @@ Multiplied basis vectors P and pending ones Z, all orthonormal, satisfy exactly
 
 A product turns the first pending vector into a multiplied one and leaves what is new of it as the last pending one; so
 the number of vectors pending is the block size, and a fresh random vector may join at any time. It does when all
-wanted pairs look converged: copies of an eigenvalue that one Krylov space can't see show up then. A full basis is
+wanted pairs look nearly converged: copies of an eigenvalue that one Krylov space can't see show up then, move the Ritz
+values by more than their errors, and let another one join. A full basis is
 restarted from its best Ritz vectors ("thick restart"), which keeps the relation above.
 
 Sources: Wu and Simon, SIAM J. Matrix Anal. Appl. 2000 (thick restart); Bai, Demmel et al., "Templates for the Solution
@@ -28,6 +29,7 @@ Which = Literal["largest", "magnitude"]
 Array = NDArray[np.float64]
 
 EVERY = 2  # products between two looks at the Ritz values
+JOIN_TOL = 1e-2  # estimated relative error at which a fresh vector joins
 SECOND_LOOK = 10  # products after a fresh vector joined, before convergence is believed
 
 
@@ -189,14 +191,15 @@ def lanczos(
         vectors: whether to return Ritz vectors.
     """
     space = Krylov(multiply, start, capacity, generator)
-    products, believed_at, at_join = 0, 0, np.empty(0)
+    products, joined_at = 0, 0
+    at_join = Ritz(np.empty(0), np.empty(0), np.empty(0), None)
     size = start.shape[1]
     while products < max_products:
         if space.exhausted:  # invariant: the rest of the space, if any, needs a fresh direction
-            if space.done >= min(k, size) and believed_at:
+            if space.done >= min(k, size) and joined_at:
                 break
             space.add_random()
-            believed_at = believed_at or products + 1
+            joined_at = joined_at or products + 1
             if space.exhausted:
                 break
         if space.full and space.capacity < size:
@@ -209,16 +212,17 @@ def lanczos(
         if len(ritz.values) < min(k, size):
             continue
         scale = np.abs(ritz.values)
-        floor = 1e2 * torch.finfo(start.dtype).eps * (float(scale.max()) if len(scale) else 0.0)
-        if not np.all(ritz.errors <= tol * scale + floor):
+        floor = 1e2 * torch.finfo(start.dtype).eps * float(scale.max(initial=0.0))
+        if not np.all(ritz.errors <= max(tol, JOIN_TOL) * scale + floor):
             continue
-        if (
-            believed_at
-            and products >= believed_at + SECOND_LOOK
-            and np.allclose(ritz.values, at_join, rtol=tol, atol=floor)
-        ):
-            break
-        if not believed_at or products >= believed_at + SECOND_LOOK:
-            space.add_random() if not space.full else None
-            believed_at, at_join = products, ritz.values
+        looked = joined_at and products >= joined_at + SECOND_LOOK
+        if looked and len(at_join.values) == len(ritz.values):
+            moved = np.abs(ritz.values - at_join.values)
+            if np.all(moved <= 3 * at_join.errors + tol * scale + floor):
+                if np.all(ritz.errors <= tol * scale + floor):
+                    break
+                continue
+        if not joined_at or looked:
+            space.add_random()
+            joined_at, at_join = products, ritz
     return space.ritz(k, which, vectors), products

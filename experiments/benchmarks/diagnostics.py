@@ -3,8 +3,8 @@
     python experiments/benchmarks/diagnostics.py --check --json experiments/results/diagnostics/cpu.json
     python experiments/benchmarks/diagnostics.py --device cuda --check --json experiments/results/diagnostics/cuda.json
 
-Eigenvalues: the 20 largest in size of the Hessian of a 3-layer MLP of width 256 on 1,024 samples, float64. The baseline is
-power iteration with deflation at its usual tolerance, 100 iterations and 1e-3 for each. A dense Hessian of 70,000
+Eigenvalues: the 20 largest in size of the Hessian of a 3-layer MLP of width 256 on 1,024 samples, float64. The baseline
+is power iteration with deflation at its usual tolerance, 100 iterations and 1e-3 for each. A dense Hessian of 70,000
 parameters takes 39 GB; at this width the reference is a Lanczos run to the end of float64 from another start whose
 residuals bound each error, and in the tests, at a width where it is possible, the dense Hessian. The loss is scaled by
 1e-8 and 1e8 too. Bars: relative error 1e-5, 80 products, 5 × the baseline's speed.
@@ -81,6 +81,10 @@ def main() -> None:
     write_json(options, {"device": options.device, "threads": torch.get_num_threads(), "rows": rows}, missed)
 
 
+def scaled(criterion: Any, scale: float) -> Callable[[Any, Any], Any]:
+    return lambda output, targets: scale * criterion(output, targets)
+
+
 def spectrum_rows(spectrum: Spectrum, device: str, width: int) -> list[dict[str, Any]]:
     """One row, or three where the loss is scaled; the baseline is timed once."""
     model, data = prepared(spectrum, device, width)
@@ -95,7 +99,7 @@ def spectrum_rows(spectrum: Spectrum, device: str, width: int) -> list[dict[str,
         power = {"seconds": seconds, "products": operator.products, "error": off}
     rows = []
     for scale in (1.0, 1e-8, 1e8) if spectrum.scaled else (1.0,):
-        loss = lambda output, targets, scale=scale: scale * criterion(output, targets)
+        loss = scaled(criterion, scale)
         ours, found = timed(partial(hessian_eigenvalues, model, loss, data, K, spectrum.which), device)
         error = float(abs(found.values / (scale * exact.values) - 1).max())
         row: dict[str, Any] = {
@@ -170,7 +174,7 @@ def power_iteration(operator: Curvature, k: int) -> Any:
 KERNELS: tuple[tuple[str, Callable[[], nn.Module], tuple[int, ...], float], ...] = (
     ("NTK of an MLP, width 256, 10 outputs", partial(MLP, 144, 10, width=256), (144,), 50.0),
     ("NTK of a CNN, 12×12, width 16, 10 outputs", partial(CNN, (1, 12, 12), 10, width=16, depth=3), (1, 12, 12), 10.0),
-    ("NTK of a CNN, 16×16×3, width 32, 10 outputs", partial(CNN, (3, 16, 16), 10, width=32, depth=4), (3, 16, 16), 10.0),
+    ("NTK of a CNN, 16×16×3, width 32, 10 out", partial(CNN, (3, 16, 16), 10, width=32, depth=4), (3, 16, 16), 10.0),
 )  # fmt: skip
 
 
@@ -182,7 +186,7 @@ def kernel_row(
     net = build().double().to(options.device)
     x = torch.randn(128, *shape, dtype=torch.float64, device=options.device)
     error = float((ntk(net, x) - (reference := usual_ntk(net, x))).norm() / reference.norm())
-    pairs = []
+    pairs: list[tuple[float, float]] = []
     end = time.perf_counter() + options.seconds
     while len(pairs) < 3 or time.perf_counter() < end:
         ours = statistics.median(timed(partial(ntk, net, x), options.device)[0] for _ in range(5))

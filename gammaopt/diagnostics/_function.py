@@ -1,4 +1,4 @@
-r"""The function that diagnostics look at: f(x; θ) in float64 on a private copy, so that the user's model stays as it is.
+r"""The function that diagnostics look at: f(x; θ) in float64 on a private copy, so that the user's model stays as is.
 
     f(x; θ) = h(x; θ)/γ − h(x; θ₀)/γ        the second part is constant in θ; a plain model has γ = 1 and no second part
 
@@ -199,9 +199,7 @@ class Batches:
 
     def __init__(self, data: Data) -> None:
         self.kept = isinstance(data, (tuple, list))  # the same batches in the same order each time
-        self._data: Iterable[Batch] = (
-            [cast("Batch", data)] if isinstance(data, tuple) else cast("Iterable[Batch]", data)
-        )
+        self._data: Iterable[Batch] = [cast("Batch", data)] if isinstance(data, tuple) else data
         if not isinstance(self._data, Iterable):
             raise UsageError(f"data is a {type(data).__name__}; give (inputs, targets), or a list or loader of such")
         if isinstance(self._data, Iterator):

@@ -163,7 +163,7 @@ def _sample(x: Any, i: int) -> Any:
 
 
 def ntk_eigenvalues(model: nn.Module, x: Inputs, **settings: Any) -> Tensor:
-    """Eigenvalues of the trace NTK on a batch, (n,), the largest first. Divided by n they estimate those of the operator.
+    """Eigenvalues of the trace NTK on a batch, (n,), the largest first; over n they estimate those of the operator.
 
     Args:
         model, x, settings: see :func:`ntk`; with ``full``, all n·C of the full one.
@@ -172,7 +172,8 @@ def ntk_eigenvalues(model: nn.Module, x: Inputs, **settings: Any) -> Tensor:
     if kernel.dim() == 4:
         n, _, outputs, _ = kernel.shape
         kernel = kernel.permute(0, 2, 1, 3).reshape(n * outputs, n * outputs)
-    return torch.linalg.eigvalsh(kernel).flip(0)
+    values: Tensor = torch.linalg.eigvalsh(kernel)
+    return values.flip(0)
 
 
 def feature_kernel(

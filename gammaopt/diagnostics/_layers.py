@@ -9,8 +9,8 @@ A layer is trusted only after a trial: from a random direction in the outputs of
 the other half, and Σ_it δ_it a_itᵀ must be autograd's own gradient. That finds weights that are tied, used beside their
 layer or parametrized, layers that run twice, and batch dimensions that stand elsewhere.
 
-Sources: Novak, Sohl-Dickstein and Schoenholz, "Fast finite width neural tangent kernel", ICML 2022; Dangel, Kunstner and
-Hennig, "BackPACK", ICLR 2020.
+Sources: Novak, Sohl-Dickstein and Schoenholz, "Fast finite width neural tangent kernel", ICML 2022; Dangel, Kunstner
+and Hennig, "BackPACK", ICLR 2020.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,8 @@ class Layer:
         value = self.input.detach()
         if isinstance(self.module, nn.Linear):
             return value.reshape(n, 1, -1, value.shape[-1])
-        return unfolded(value, self.module).reshape(n, self.groups, -1, math.prod(self.module.weight.shape[1:]))  # type: ignore[operator, union-attr, arg-type]
+        weight = cast("Tensor", self.module.weight)
+        return unfolded(value, self.module).reshape(n, self.groups, -1, math.prod(weight.shape[1:]))
 
     def deltas(self, gradient: Tensor, n: int) -> Tensor:
         """δ: (n, groups, positions, units of one group), from a gradient of the layer's output."""
@@ -132,12 +133,13 @@ def trusted(
     direction = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
     direction = direction * inside.view(n, *[1] * (output.dim() - 1))
     own = list(parameters.values())
-    grads = torch.autograd.grad(
+    grads: tuple[Tensor | None, ...] = torch.autograd.grad(
         output, [*own, *(layer.output for layer in candidates)], direction, retain_graph=True, allow_unused=True
     )
     expected = dict(zip(parameters, grads[: len(own)], strict=True))
     tolerance = TRIAL_TOL * torch.finfo(output.dtype).eps
-    good, names = [], set()
+    good: list[Layer] = []
+    names: set[str] = set()
     for layer, gradient in zip(candidates, grads[len(own) :], strict=True):
         if gradient is None:
             continue
@@ -145,7 +147,7 @@ def trusted(
         if bool(delta[~inside].any()) or not all(bool(delta[i].any()) for i in inside.nonzero().flatten()):
             continue
         made = {"bias": delta.sum((0, 2)).reshape(-1)}
-        if layer.module.weight.requires_grad:  # type: ignore[union-attr]
+        if cast("Tensor", layer.module.weight).requires_grad:
             made["weight"] = torch.einsum("ngtd,ngtk->gdk", delta, layer.patches(n))
         mine = {
             name: made[leaf]

@@ -2,8 +2,8 @@ r"""Curvature of a loss as products with vectors: the Hessian H and the generali
 
     H v = ∇_θ ⟨∇_θ ℓ, v⟩        G v = Jᵀ (∇²_f ℓ) J v,  J v = ∇_u ⟨Jᵀ u, v⟩
 
-ℓ is the mean (or sum) over all samples of the data, batch by batch. Neither matrix is ever formed. Sources: Pearlmutter,
-"Fast exact multiplication by the Hessian", Neural Computation 1994; Schraudolph, Neural Computation 2002.
+ℓ is the mean (or sum) over all samples of the data, batch by batch. Neither matrix is ever formed. Sources:
+Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 1994; Schraudolph, Neural Computation 2002.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ r"""The spectrum of a loss's curvature: leading eigenvalues, sharpness, trace an
     trace         Hutch++: tr(Qᵀ H Q) exactly on a sketched range Q, and Hutchinson's estimate on the rest
     density       stochastic Lanczos quadrature: n⁻¹ Σ_i δ(λ − λ_i) ≈ mean over probes of Σ_j τ_j² δ(λ − θ_j)
 
-Sources: Cohen et al., "Gradient descent on neural networks typically occurs at the edge of stability", ICLR 2021; Meyer,
-Musco, Musco and Woodruff, "Hutch++", SOSA 2021; Ghorbani, Krishnan and Xiao, ICML 2019 (density).
+Sources: Cohen et al., "Gradient descent on neural networks typically occurs at the edge of stability", ICLR 2021;
+Meyer, Musco, Musco and Woodruff, "Hutch++", SOSA 2021; Ghorbani, Krishnan and Xiao, ICML 2019 (density).
 """
 
 from __future__ import annotations
@@ -313,7 +313,8 @@ def spectral_density(
         while space.done < steps and not space.exhausted:
             space.advance()
         at, mass = space.quadrature()
-        nodes.append(at), weights.append(mass / probes)
+        nodes.append(at)
+        weights.append(mass / probes)
     every = np.concatenate(nodes)
     ascending = np.argsort(every)
     return SpectralDensity(every[ascending], np.concatenate(weights)[ascending], operator.products)

@@ -16,15 +16,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gammaopt
 from gammaopt import UsageError
+from gammaopt.diagnostics import _kernels as module
 from gammaopt.diagnostics import (
+    _layers,
     centred_kernel_alignment,
     feature_kernel,
     kernel_target_alignment,
     ntk,
     ntk_eigenvalues,
 )
-from gammaopt.diagnostics import _kernels as module
-from gammaopt.diagnostics import _layers
 from gammaopt.online import CNN, MLP
 
 
@@ -93,13 +93,15 @@ class Odd(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.same(self.two(x).tanh()).tanh()
         x = self.one(x.flatten(2))
-        return self.three(x[:, None, :, :, None].expand(-1, -1, -1, -1, 2)).flatten(1)[:, :3]
+        out: Tensor = self.three(x[:, None, :, :, None].expand(-1, -1, -1, -1, 2)).flatten(1)[:, :3]
+        return out
 
 
 def frozen() -> nn.Module:
     net = MLP(5, 2, width=6, bias=True)
-    net[1].weight.requires_grad_(False)
-    net[3].bias.requires_grad_(False)
+    named = dict(net.named_parameters())
+    for name in ("1.weight", "3.bias"):
+        named[name].requires_grad_(False)
     return net
 
 
@@ -107,7 +109,7 @@ def wrapped() -> nn.Module:
     net = gammaopt.wrap(MLP(5, 3, width=8, bias=True), 4.0, depth=3, parametrization="mean_field")
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter += 0.1 * draw(*parameter.shape)
+            parameter.add_(0.1 * draw(*parameter.shape))
     return net
 
 
@@ -134,10 +136,16 @@ def test_layerwise_and_chunked_are_the_kernel_of_the_jacobians(name: str, monkey
     torch.manual_seed(0)
     make, shape, share = NETS[name]
     net, x = make(), draw(*shape)
-    expected = reference(net, x) if name != "plain output" else reference(net[0], x)
+    expected = reference(net, x) if name != "plain output" else reference(net.get_submodule("0"), x)
     counted: list[set[str]] = []
-    real = module.trusted
-    monkeypatch.setattr(module, "trusted", lambda *args: (found := real(*args), counted.append(found[1]))[0])
+    real = _layers.trusted
+
+    def spy(*args: Any) -> Any:
+        found = real(*args)
+        counted.append(found[1])
+        return found
+
+    monkeypatch.setattr(module, "trusted", spy)
     kernel = ntk(net, x)
     sizes = {key: parameter.numel() for key, parameter in net.named_parameters() if parameter.requires_grad}
     assert sum(sizes[key] for key in counted[0]) / sum(sizes.values()) == pytest.approx(share)
@@ -218,13 +226,22 @@ def test_alignments_are_their_formulas() -> None:
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda: ntk(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), draw(4, 3)), r"the NTK is a function of single samples, and '1' normalises.*model\.eval\(\)"),
+        (
+            lambda: ntk(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), draw(4, 3)),
+            r"the NTK is a function of single samples, and '1' normalises.*model\.eval\(\)",
+        ),
         (lambda: ntk(nn.Linear(3, 2).requires_grad_(False), draw(4, 3)), "no trainable parameters"),
         (lambda: ntk(nn.Linear(3, 2), draw(4, 3), chunk=0), "chunk=0 is too small"),
-        (lambda: centred_kernel_alignment(draw(3, 3), draw(4, 4)), r"kernels of shapes \(3, 3\) and \(4, 4\) can't be aligned"),
-        (lambda: centred_kernel_alignment(torch.ones(3, 3), draw(3, 3)), "one of the kernels is constant over the samples"),
+        (
+            lambda: centred_kernel_alignment(draw(3, 3), draw(4, 4)),
+            r"kernels of shapes \(3, 3\) and \(4, 4\) can't be aligned",
+        ),
+        (
+            lambda: centred_kernel_alignment(torch.ones(3, 3), draw(3, 3)),
+            "one of the kernels is constant over the samples",
+        ),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_named(ask: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         ask()

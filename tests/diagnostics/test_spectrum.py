@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -281,7 +281,7 @@ def test_special_parts_have_the_dense_hessian_too_and_the_model_is_left_as_it_wa
         gammaopt.wrap(net, 2.0, depth=2, knee=1.0)
         with torch.no_grad():
             for parameter in net.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter.add_(0.1 * torch.randn_like(parameter))
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     before = snapshot(net)
@@ -319,7 +319,7 @@ def snapshot(net: nn.Module) -> dict[str, Any]:
     kept |= {f"id {key}": id(parameter) for key, parameter in net.named_parameters()}
     kept |= {f"mode {key}": module.training for key, module in net.named_modules()}
     kept["random"] = torch.get_rng_state()
-    kept["numpy"] = str(np.random.get_state()[1][:5])  # type: ignore[index]  # noqa: NPY002
+    kept["numpy"] = str(np.random.get_state()[1][:5])  # type: ignore[index]
     kept["fast path"] = torch.backends.mha.get_fastpath_enabled()
     kept["grad mode"] = torch.is_grad_enabled()
     return kept
@@ -347,18 +347,33 @@ X, Y = draw(8, 6), torch.arange(8) % 2
         (lambda: hessian_eigenvalues(frozen(), "mse", (X, Y), 99), "k=99 is more than the 18 trainable parameters"),
         (lambda: hessian_eigenvalues(frozen(), "mse", (X, Y), 1, "smallest"), "unknown which 'smallest'"),  # type: ignore[arg-type]
         (lambda: hessian_eigenvalues(frozen(), "l1", (X, Y)), "unknown loss 'l1'; choose one of: mse, cross_entropy"),
-        (lambda: hessian_eigenvalues(frozen(), "mse", (draw(8, 5), Y), 1), r"inputs of shape \(8, 5\) float64 do not fit"),
+        (
+            lambda: hessian_eigenvalues(frozen(), "mse", (draw(8, 5), Y), 1),
+            r"inputs of shape \(8, 5\) float64 do not fit",
+        ),
         (lambda: hessian_eigenvalues(frozen(), "mse", [], 1), "data has no batch"),
-        (lambda: hessian_eigenvalues(frozen(), "mse", iter([(X, Y)]), 1), r"data can be read only once.*give list\(data\)"),
-        (lambda: hessian_eigenvalues(frozen(), "mse", [X], 1), r"a batch is shape \(8, 6\) float32; give pairs"),
-        (lambda: hessian_eigenvalues(frozen(), lambda f, y: f, (X, Y), 1), r"the loss gives shape \(8, 2\).*one scalar"),
-        (lambda: hessian_eigenvalues(frozen(), lambda f, y: f.sum() / 0, (X, Y), 1), "the loss on the data is (nan|inf|-inf)"),
+        (
+            lambda: hessian_eigenvalues(frozen(), "mse", iter([(X, Y)]), 1),
+            r"data can be read only once.*give list\(data\)",
+        ),
+        (
+            lambda: hessian_eigenvalues(frozen(), "mse", cast("Any", [X]), 1),
+            r"a batch is shape \(8, 6\) float32; give pairs",
+        ),
+        (
+            lambda: hessian_eigenvalues(frozen(), lambda f, y: f, (X, Y), 1),
+            r"the loss gives shape \(8, 2\).*one scalar",
+        ),
+        (
+            lambda: hessian_eigenvalues(frozen(), lambda f, y: f.sum() / 0, (X, Y), 1),
+            "the loss on the data is (nan|inf|-inf)",
+        ),
         (lambda: hessian_eigenvalues(frozen().requires_grad_(False), "mse", (X, Y), 1), "no trainable parameters"),
         (lambda: hessian_trace(frozen(), "mse", (X, Y), products=5), "products=5 is too small; give at least 6"),
         (lambda: spectral_density(frozen(), "mse", (X, Y), steps=1), "steps=1 is too small"),
         (lambda: Curvature(frozen(), "mse", (X, Y))(torch.zeros(3)), r"shape \(3,\) does not fit 18 trainable"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_named(ask: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         ask()
@@ -371,8 +386,8 @@ def test_data_that_changes_between_passes_is_refused() -> None:
         def __iter__(self) -> Any:
             yield torch.randn(8, 6, generator=self.draws), Y
 
-    with pytest.raises(UsageError, match="at one pass over the data .* without augmentation"):
-        hessian_eigenvalues(frozen(), "mse", Augmented(), 2)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"at one pass over the data .* without augmentation"):
+        hessian_eigenvalues(frozen(), "mse", Augmented(), 2)
 
 
 def test_recurrent_layers_work_and_a_model_that_keeps_a_graph_is_refused_in_words() -> None:
@@ -382,6 +397,6 @@ def test_recurrent_layers_work_and_a_model_that_keeps_a_graph_is_refused_in_word
     )
     assert found.converged
     kept = frozen()
-    kept.kept = kept(X)  # type: ignore[assignment]
-    with pytest.raises(UsageError, match="Sequential can't be copied .* detach what it keeps"):
+    kept.kept = kept(X)
+    with pytest.raises(UsageError, match=r"Sequential can't be copied .* detach what it keeps"):
         hessian_eigenvalues(kept, "mse", (X, Y), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,7 +134,8 @@ def test_knobs_widen_what_they_name() -> None:
     assert float(sides(scale=(1.5, 2.0)).abs().min()) >= 48
     base = Photos(3, colour=0, brightness=0, noise=0).batches(0, 0, 1, 64)[0]
     for knob in ("colour", "brightness", "noise"):
-        changed = Photos(3, **{"colour": 0.0, "brightness": 0.0, "noise": 0.0, knob: 0.2}).batches(0, 0, 1, 64)[0]  # type: ignore[arg-type]
+        knobs: dict[str, Any] = {"colour": 0.0, "brightness": 0.0, "noise": 0.0, knob: 0.2}
+        changed = Photos(3, **knobs).batches(0, 0, 1, 64)[0]
         difference = (changed - base) * torch.tensor(STD)[:, None, None]
         if knob == "noise":
             assert float(difference.std()) == pytest.approx(0.2, rel=0.02)

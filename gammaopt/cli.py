@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -71,8 +71,11 @@ def tune(
     seeds: Annotated[int, typer.Option(help="Seeds averaged in each trial.")] = 3,
     confirm_seeds: Annotated[int, typer.Option(help="Fresh seeds for the confirmation.")] = 12,
     gamma_range: Annotated[
-        tuple[float, float], typer.Option(metavar="LO HI", help="Lowest and highest γ searched.")
-    ] = (0.01, 100.0),
+        tuple[float, float] | None,
+        typer.Option(metavar="LO HI", help="Lowest and highest γ searched.", show_default="what the steps can train"),
+    ] = None,
+    octaves: Annotated[float, typer.Option(help="Rates searched on either side of the task's.")] = 5.0,
+    sampler: Annotated[str, typer.Option(help="tpe or gp, after Sobol start points.")] = "tpe",
     storage: Annotated[
         str | None, typer.Option(metavar="URL", help="Optuna storage.", show_default="SQLite in the study's folder")
     ] = None,
@@ -96,8 +99,14 @@ def tune(
         from gammaopt.tuning import tune as run
 
         plan = StudyPlan(
-            task, loss, optimizer, steps, trials, seeds, confirm_seeds, gamma_range, seed, device
+            task, loss, optimizer, steps, trials, seeds, confirm_seeds, cast("tuple[float, float]", gamma_range), seed,
+            device, octaves=octaves, sampler=sampler,
         )  # fmt: skip
+        if gamma_range is None and not quiet:
+            low, high = plan.gamma_range
+            typer.echo(
+                f"γ from {low:g} to {high:g}: what {plan.steps:,} steps can train; --gamma-range sets it", err=True
+            )
         folder = out or Path("runs") / plan.folder
         if jobs is None:
             jobs = len(os.sched_getaffinity(0)) if device == "cpu" else 1

@@ -89,7 +89,7 @@ def _without_normality(differences: list[float]) -> tuple[float, float]:
     from scipy.stats import permutation_test, wilcoxon
 
     moved = [d for d in differences if d != 0]
-    if not moved:
+    if len(moved) < 2:  # one sign of two: p is 1 whatever it says
         return 1.0, 1.0
     signs = permutation_test(
         (np.array(moved),), np.mean, permutation_type="samples", vectorized=True, n_resamples=RESAMPLES, rng=0

@@ -70,6 +70,7 @@ def test_seeds_without_a_difference_count_for_no_sign() -> None:
     result = paired_t("accuracy", range(5), [0.5, 0.6, 0.6, 0.6, 0.6], [0.5] * 5)
     assert (result.wilcoxon_p, result.permutation_p) == (0.125, 0.125)  # 2 of 2^4 signs
     assert paired_t("accuracy", range(3), [0.5] * 3, [0.5] * 3).permutation_p == 1.0
+    assert paired_t("accuracy", range(2), [0.5, 0.6], [0.5] * 2).permutation_p == 1.0
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from gammaopt.online import Recipe, get_task
 from gammaopt.online.ensemble import Progress
 from gammaopt.online.train import FAMILIES, OPTIMIZERS, OptimizerName
 from gammaopt.report import ExponentRow, draw_portrait, exponents
+from gammaopt.tuning._plan import _check_device
 
 BELOW, ABOVE, RATES = 30.0, 10.0, 11  # the default rates: this far around the task's rate at γ = 1, half a decade apart
 
@@ -47,6 +48,7 @@ def draw(
     if len(set(budgets)) < len(budgets):
         raise UsageError(f"steps={sorted(budgets)} has a budget twice; give each once")
     at_least("width", width, 1), at_least("depth", depth, 1)
+    _check_device(device)
     if rates is None:
         if unit != "law":
             raise UsageError(f"unit={unit} has no default rates; give --rates LO HI N")

@@ -102,17 +102,16 @@ def tune(
             task, loss, optimizer, steps, trials, seeds, confirm_seeds, cast("tuple[float, float]", gamma_range), seed,
             device, octaves=octaves, sampler=sampler,
         )  # fmt: skip
-        if gamma_range is None and not quiet:
-            low, high = plan.gamma_range
-            typer.echo(
-                f"γ from {low:g} to {high:g}: what {plan.steps:,} steps can train; --gamma-range sets it", err=True
-            )
+        low, high = plan.gamma_range
+        chosen = f"γ from {low:g} to {high:g}: what {plan.steps:,} steps can train; --gamma-range sets it"
         folder = out or Path("runs") / plan.folder
         if jobs is None:
             jobs = len(os.sched_getaffinity(0)) if device == "cpu" else 1
         finished = (folder / "result.json").exists()
-        with _finished(quiet) if finished else _progress(quiet) as show:
-            result = run(plan, folder, storage=storage, jobs=jobs, on_progress=show)
+        line = "This study is finished; writing its report again." if finished else None if gamma_range else chosen
+        with _progress(quiet or finished) as show:
+            told = _after_line(None if quiet else line, show)
+            result = run(plan, folder, storage=storage, jobs=jobs, on_progress=told)
         _tell(result, folder, json, quiet)
 
 
@@ -243,18 +242,16 @@ def _progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
         yield _PlainLines(console)
 
 
-@contextmanager
-def _finished(quiet: bool) -> Iterator[Callable[[Progress], None]]:
-    """One line instead of progress, once the folder has turned out to be sound."""
-    said = quiet
+def _after_line(line: str | None, show: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    """``show``, and before its first progress a line, if there is one: by then all options have turned out sound."""
+    left = [line] if line else []
 
-    def show(_: Progress) -> None:
-        nonlocal said
-        if not said:
-            typer.echo("This study is finished; writing its report again.", err=True)
-        said = True
+    def told(progress: Progress) -> None:
+        while left:
+            typer.echo(left.pop(), err=True)
+        show(progress)
 
-    yield show
+    return told
 
 
 def _best(progress: Progress) -> str:

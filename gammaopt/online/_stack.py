@@ -24,6 +24,10 @@ ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 ADAMW_DECAY = 1e-2
 
 
+class CannotStackError(UsageError):
+    """The network can't be run for several runs at once; one at a time it can."""
+
+
 @dataclass
 class Seed:
     """What runs of a seed share: the network at initialisation, its plan, the batches, and h₀ on them."""
@@ -67,11 +71,18 @@ class Seeds:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self._made: dict[int, Seed] = {}
+        self._batches: dict[int, Batches] = {}
+
+    def batches(self, seed: int) -> Batches:
+        """The training batches of a seed; no more is made for them."""
+        if seed not in self._batches:
+            recipe = self.recipe
+            self._batches[seed] = Batches(recipe.stream, seed, recipe.steps, recipe.batch_size, recipe.device)
+        return self._batches[seed]
 
     def __getitem__(self, seed: int) -> Seed:
         if seed not in self._made:
-            recipe = self.recipe
-            batches = Batches(recipe.stream, seed, recipe.steps, recipe.batch_size, recipe.device)
+            recipe, batches = self.recipe, self.batches(seed)
             with seeded(recipe.device, seed):
                 model = fresh_model(recipe, 1.0, batches[0][0], center="none")
             plan = cast("Plan", model.gammaopt)
@@ -80,6 +91,12 @@ class Seeds:
             initial = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
             self._made[seed] = Seed(recipe, net, plan, batches, initial)
         return self._made[seed]
+
+    def forget(self, *, but: int) -> None:
+        """Drop what was made, but for the last ``but`` seeds: each may hold its whole pass."""
+        for made in (self._made, self._batches):
+            for seed in list(made)[: max(0, len(made) - but)]:
+                del made[seed]
 
     def scales(self, run: Run) -> Mapping[str, Scale]:
         plan = dataclasses.replace(self[run.seed].plan, gamma=run.gamma)
@@ -91,12 +108,12 @@ def _check_module(net: nn.Module) -> None:
     for name, module in net.named_modules():
         where = f"{name or 'the network'} ({type(module).__name__})"
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-            raise UsageError(
+            raise CannotStackError(
                 f"{where} accumulates running statistics, which a stack of runs can't; "
                 "set track_running_stats=False, use GroupNorm or LayerNorm, or give one_at_a_time=True"
             )
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            raise UsageError(
+            raise CannotStackError(
                 f"{where} draws at random, so a run would depend on its neighbours; set p=0, or give one_at_a_time=True"
             )
 
@@ -196,20 +213,33 @@ class Stack:
     def train_step(self) -> tuple[Tensor, Tensor]:
         """One step of all runs; their losses and shares of right answers before it, (K,)."""
         inputs, targets, frozen = self.batch()
+        self.step += 1
+        return self.advance(inputs, targets, None if self.step == 1 else frozen, self.corrections())
+
+    def corrections(self) -> tuple[float, float]:
+        """What Adam's two averages are divided by at this step: 1 − β₁^t, and √(1 − β₂^t) for the root."""
+        beta1, beta2 = ADAM_BETAS
+        return 1 - beta1**self.step, math.sqrt(1 - beta2**self.step)
+
+    def advance(
+        self, inputs: Tensor, targets: Tensor, frozen: Tensor | None, corrections: Sequence[float] | Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The step itself, all on the device: ``frozen`` is h₀, ``None`` at θ₀."""
         with torch.enable_grad():
             output = self.outputs(inputs)
             # At θ₀ the difference is 0 to the last bit, which a sum in another order need not be.
-            output = (output - (frozen if self.step else output.detach())) / self._gammas.view(-1, 1, 1)
+            output = (output - (output.detach() if frozen is None else frozen)) / self._gammas.view(-1, 1, 1)
             losses = stacked_loss(self.recipe.loss, output, targets)
             gradients = torch.autograd.grad(losses.sum(), self._leaves)
-        self.step += 1
         with torch.no_grad():
             shares = stacked_hits(output, targets).to(losses.dtype).mean(-1)
             for (name, stacked), gradient in zip(self.parameters.items(), gradients, strict=True):
-                self._update(name, stacked, gradient.view_as(stacked))
+                self._update(name, stacked, gradient.view_as(stacked), corrections)
         return losses.detach(), shares
 
-    def _update(self, name: str, stacked: Tensor, gradient: Tensor) -> None:
+    def _update(
+        self, name: str, stacked: Tensor, gradient: Tensor, corrections: Sequence[float] | Sequence[Tensor]
+    ) -> None:
         shape = (-1, *[1] * (stacked.dim() - 1))
         rate = self._rates[name].view(shape)
         if self.recipe.optimizer == "sgd":
@@ -222,8 +252,8 @@ class Stack:
             stacked.mul_(1 - self._lrs.view(shape) * ADAMW_DECAY)
         first = self.states[0][name].lerp_(gradient, 1 - beta1)
         second = self.states[1][name].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        root = (second.sqrt() / math.sqrt(1 - beta2**self.step)).add_(self._eps[name].view(shape))
-        stacked.sub_((first * (rate / (1 - beta1**self.step))).div_(root))
+        root = (second.sqrt() / corrections[1]).add_(self._eps[name].view(shape))
+        stacked.sub_((first * (rate / corrections[0])).div_(root))
 
     @torch.no_grad()
     def scores(self) -> list[tuple[float, float]]:
@@ -248,7 +278,7 @@ def _check_fixed(seeds: Seeds, runs: list[Run], fixed: dict[str, Tensor]) -> Non
     for seed in {run.seed for run in runs}:
         for name, tensor in fixed.items():
             if not torch.equal(seeds[seed].initial[name], tensor):
-                raise UsageError(
+                raise CannotStackError(
                     f"parameter {name!r} is frozen but drawn anew for each seed, which a stack of several seeds can't "
                     "hold; make it the same for all seeds, or give one_at_a_time=True"
                 )
@@ -310,7 +340,7 @@ def check_forward(stack: Stack) -> None:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(
+        raise CannotStackError(
             f"{inside[-1] if inside else 'the network'} can't be run for several networks at once: {reason} "
             "Change that module (no in-place writes to buffers, no branching on values), or give one_at_a_time=True"
         ) from error

@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from gammaopt._errors import UsageError, at_least, positive
 from gammaopt._laws import SMALLEST_FLOAT32_GAMMA
 from gammaopt.online._checkpoint import Scores, restore, save
-from gammaopt.online._stack import Seeds, Stack, Traces, check_forward
+from gammaopt.online._graph import Stepper
+from gammaopt.online._stack import CannotStackError, Seeds, Stack, Traces, check_forward
 from gammaopt.online.record import RunRecord
 from gammaopt.online.train import FAMILIES, LOOK_EVERY, Recipe, Run, first_bad, summarise, train
 
 STACK_BYTES = 32 * 2**20  # parameters, gradients and states of a stack: about a processor's last-level cache
 ALONE_BYTES = 2**20  # a run that has this much of its own fills the processor by itself
+KEPT_SEEDS = 4  # whose batches are kept where runs come one at a time, or in one call after another
 CHECKPOINT_SECONDS = 30.0
 
 Done = Callable[[Run, list[RunRecord]], object]
@@ -48,6 +50,7 @@ def train_many(
     budgets: Sequence[int] = (),
     stack: int | None = None,
     one_at_a_time: bool = False,
+    shared: Seeds | None = None,
     checkpoint: Path | None = None,
     on_done: Done | None = None,
     on_progress: Callable[[Progress], object] | None = None,
@@ -65,6 +68,7 @@ def train_many(
         stack: how many runs to train together; by default as many as the caches or the accelerator hold, and one
             where a single run fills the machine.
         one_at_a_time: train run by run, with the modules as they are: for networks that can't be stacked.
+        shared: batches and h₀ of each seed, kept from one call of the same recipe to the next.
         checkpoint: file for the state of the stack in training, written now and then and removed at the end; a call
             with the same runs goes on from there.
         on_done: called with each run and its records, as soon as they are known.
@@ -99,12 +103,16 @@ def train_many(
             on_done(run, records)
 
     if one_at_a_time:
+        seeds = _seeds(recipe, shared)
         for run in runs:
-            finish(run, [train(dataclasses.replace(recipe, steps=end), **run._asdict()) for end in ends])
+            batches = seeds.batches(run.seed)
+            cut = [dataclasses.replace(recipe, steps=end) for end in ends]
+            finish(run, [train(part, **run._asdict(), batches=batches) for part in cut])
+            seeds.forget(but=KEPT_SEEDS)
             progress.add(recipe.steps)
     else:
         for dtype, members in _by_dtype(recipe, runs):
-            seeds = Seeds(dataclasses.replace(recipe, dtype=dtype))
+            seeds = _seeds(dataclasses.replace(recipe, dtype=dtype), shared)
             queue = _stacks(seeds, members, stack)
             while queue:
                 part = queue.pop(0)
@@ -118,6 +126,10 @@ def train_many(
                     queue = [part[:half], part[half:], *queue]
                     progress.rewind()
     return [record for run in runs for record in results[run]]
+
+
+def _seeds(recipe: Recipe, shared: Seeds | None) -> Seeds:
+    return shared if shared is not None and shared.recipe == recipe else Seeds(recipe)
 
 
 def _check_budgets(budgets: Sequence[int], steps: int) -> list[int]:
@@ -154,6 +166,20 @@ def _stack_size(seeds: Seeds, runs: list[Run]) -> int:
     convolution = any(isinstance(module, nn.modules.conv._ConvNd) for module in net.modules())
     each = _state_bytes(seeds.recipe, net)
     return 1 if convolution or each > ALONE_BYTES else max(1, STACK_BYTES // each)
+
+
+def together(recipe: Recipe, seed: int = 0) -> int:
+    """How many runs of the recipe :func:`train_many` trains in one stack by itself: 1 where more don't pay.
+
+    Returns 0 where the network can't be stacked, which leaves ``one_at_a_time=True``.
+    """
+    seeds = Seeds(recipe)
+    try:
+        pair = [Run(1.0, 1.0, seed), Run(1.0, 1.0, seed + 1)]
+        check_forward(Stack(seeds, pair))
+    except CannotStackError:
+        return 0
+    return _stack_size(seeds, pair)
 
 
 def bytes_per_run(recipe: Recipe) -> int:
@@ -208,12 +234,12 @@ def _train_stack(
         progress.add(stack.step * len(runs))
     if stack.step == 0 and len(runs) > 1:
         check_forward(stack)
-    saved = time.monotonic()
+    saved, take_step = time.monotonic(), Stepper(stack)
     while stack.step < steps and stack.runs:
         until = min(steps, stack.step + LOOK_EVERY, *(end for end in ends if end > stack.step))
         began = stack.step
         while stack.step < until:
-            traces.add(*stack.train_step())
+            traces.add(*take_step())
         traces.look(stack.runs)
         alive = [i for i, run in enumerate(stack.runs) if first_bad(traces.losses[run]) is None]
         if len(alive) < len(stack.runs):

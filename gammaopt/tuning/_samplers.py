@@ -2,7 +2,8 @@
 
 TPE ranks the trials it has seen, so the cliff at the edge of stability does not bend its model of everything else. The
 Gaussian process models the score itself and its own probability of divergence; it needs fewer trials and more time
-for each. Both take divergence as a constraint.
+for each. Both take divergence as a constraint, and both keep away from points that were asked and not yet told: TPE
+takes them for bad ones (a constant liar), the Gaussian process averages over what they may bring.
 """
 
 from __future__ import annotations

@@ -1,12 +1,15 @@
 """One arm's search: an Optuna study asked for a batch of trials at a time, each averaged over the tuning seeds.
 
-Half of the trials are Sobol points, the rest come from the plan's sampler. No pruner: on plateau-then-drop curves every
-stock pruner kills the runs that win later. Seeds are never a sampled parameter.
+Half of the trials are Sobol points, the rest come from the plan's sampler. A batch is what trains together, so batches
+are large: all Sobol points are one, since none waits for another's score, and the sampler proposes the rest in about
+eight, each point away from those asked in the same batch (see ``_samplers``). No pruner: on plateau-then-drop curves
+every stock pruner kills the runs that win later. Seeds are never a sampled parameter.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,7 +26,8 @@ from gammaopt.tuning._space import Space
 if TYPE_CHECKING:
     import optuna
 
-BATCH = 4  # trials asked for together; fixed, so that the search does not depend on the number of workers
+BATCH = 4  # at least as many trials are asked for together, whatever the number of workers
+ROUNDS = 8  # batches that the sampler proposes, unless they would be smaller than that
 
 _ANOTHER = "give another --storage, or none for SQLite in the study's folder"
 _REBUILD = "restore it, or remove it and run the same command: the trials are made again from the finished runs"
@@ -150,11 +154,22 @@ def _ask(
             batch.append(optuna.trial.Trial(study, left._trial_id))
         else:  # killed within ask
             study.tell(left.number, state=optuna.trial.TrialState.FAIL)
-    for index in range(done + len(batch), min(BATCH * (done // BATCH + 1), arm.trials)):
+    for index in range(done + len(batch), _batch_end(arm.trials, len(start), done)):
         key = f"{plan.seed}/{arm.arm}/{index}"
         study.sampler = given(start[index]) if index < len(start) else model_sampler(plan.sampler, key)
         batch.append(study.ask(distributions))
     return batch
+
+
+def _batch_end(trials: int, start: int, done: int) -> int:
+    """Number of trials after the batch that ``done`` finished ones are in: of ``trials``, ``start`` are given points.
+
+    A function of the plan and of ``done`` only, so that a killed study makes the batches it would have made.
+    """
+    if done < start:
+        return start
+    size = max(BATCH, math.ceil((trials - start) / ROUNDS))
+    return min(start + size * ((done - start) // size + 1), trials)
 
 
 def _tell(study: optuna.Study, plan: Plan, trial: optuna.trial.Trial, records: Sequence[Record]) -> None:

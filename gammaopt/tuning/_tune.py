@@ -23,7 +23,7 @@ RIVAL_OCTAVES = (-0.5, -0.25, 0.25, 0.5)  # from the rate that γ = 1 chose; tun
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a study stands; sent after each run.
+    """Where a study stands; sent before the first run and after each.
 
     Attributes:
         stage: ``"tuned"``, ``"one_equal_budget"`` or ``"confirm"``.
@@ -89,7 +89,7 @@ def tune(
         out: folder of the study; made if missing. It may hold this plan only.
         storage: Optuna storage URL; SQLite in the folder if ``None``.
         jobs: processes to train in. With more than one, call from under ``if __name__ == "__main__":``.
-        on_progress: called after each run.
+        on_progress: called before the first run and after each.
 
     Returns:
         The result, also written to ``result.json`` and ``report.html`` in the folder. A finished study is read
@@ -140,6 +140,8 @@ def run_study(
             return {cell: folder.runs[cell] for cell in cells}
 
         backend = given or open_storage(f"sqlite:///{quote(str((out / 'study.db').resolve()))}", own=True)
+        if not folder.finished:
+            counter.event()  # nothing is wrong, and now it will take its time
         trials: dict[str, list[Trial]] = {}
         for arm in _arms(plan):
             counter.stage = arm.arm
@@ -148,10 +150,8 @@ def run_study(
             )
         trials["one"] = [_renamed(trial, "one") for trial in trials["one_equal_budget"][: plan.rates]]
 
-        chosen = {name: _best(arm) for name, arm in trials.items()}
-        base = chosen["one_equal_budget"].lr
-        places = {name: (best.gamma, best.lr) for name, best in chosen.items()}
-        places.update({f"rival {octave:+g}": (1.0, base * 2.0**octave) for octave in RIVAL_OCTAVES})
+        chosen = {name: best_trial(arm) for name, arm in trials.items()}
+        places = places_to_confirm(chosen)
         # Seed by seed: the arms of a seed share its batches.
         cells = [Cell(*place, seed) for seed in plan.fresh_seeds for place in places.values()]
         cells = list(dict.fromkeys(cells))
@@ -209,9 +209,16 @@ def _renamed(trial: Trial, arm: str) -> Trial:
     return Trial(arm, trial.gamma, trial.lr, trial.effective_lr, trial.score, trial.diverged)
 
 
-def _best(trials: list[Trial]) -> Trial:
+def best_trial(trials: list[Trial]) -> Trial:
     """The best trial that diverged on no seed; where all did, the one that earned most before it did."""
     return max([trial for trial in trials if not trial.diverged] or trials, key=_score)
+
+
+def places_to_confirm(chosen: dict[str, Trial]) -> dict[str, tuple[float, float]]:
+    """Name → (γ, lr) of what runs on the fresh seeds: the chosen cells, and γ = 1 beside the rate it chose."""
+    base = chosen["one_equal_budget"].lr
+    rivals = {f"rival {octave:+g}": (1.0, base * 2.0**octave) for octave in RIVAL_OCTAVES}
+    return {**{name: (best.gamma, best.lr) for name, best in chosen.items()}, **rivals}
 
 
 def _result(

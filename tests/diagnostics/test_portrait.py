@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import subprocess
+import sys
+import textwrap
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from gammaopt import EtaLaw
 from gammaopt._errors import UsageError
@@ -18,6 +22,7 @@ from gammaopt.diagnostics import Grid, Portrait, portrait
 from gammaopt.diagnostics import _portrait as module
 from gammaopt.diagnostics._portrait import predicted_trained_edge
 from gammaopt.online import MLP, Curve, Digits, Progress, Recipe, Run, RunRecord, train, train_many
+from gammaopt.online._stack import Stack
 from gammaopt.report import draw_portrait, exponents
 
 RECIPE = Recipe(partial(MLP, 144, 10, width=16), Digits(), "mse", steps=30, batch_size=8, depth=3.0)
@@ -96,6 +101,63 @@ def test_a_killed_portrait_goes_on(tmp_path: Path, trained: list[Run]) -> None:
         file.write(whole.records[0].to_json() + "\n" + whole.records[1].to_json()[:30])
     again = portrait(RECIPE, GRID, tmp_path / "killed", budgets=(10, 30))
     assert again == whole
+
+
+KILLED = """
+    import sys, time
+    from functools import partial
+    from pathlib import Path
+    from gammaopt.diagnostics import Grid, portrait
+    from gammaopt.online import MLP, Digits, Recipe, ensemble
+
+    def stop(progress):
+        if progress.done > 0.8 * progress.total:
+            print("ready", flush=True)
+            time.sleep(60)
+
+    ensemble.CHECKPOINT_SECONDS, ensemble.STACK_BYTES = 0.0, 6 * 8 * 2720  # two stacks of six
+    recipe = Recipe(partial(MLP, 144, 10, width=16), Digits(), "mse", steps=200, batch_size=8, depth=3.0)
+    portrait(recipe, Grid((0.5, 2.0), (1.0, 4.0, 1e5), (0, 1)), Path(sys.argv[1]), on_progress=stop)
+"""
+
+
+def test_a_portrait_killed_with_9_goes_on_from_its_checkpoint_and_trains_no_finished_cell(
+    tmp_path: Path, trained: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(KILLED), str(tmp_path / "p")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "ready\n"
+        finally:
+            process.kill()
+    assert (tmp_path / "p" / "stack.pt").exists()
+    finished = (tmp_path / "p" / "runs.jsonl").read_text()
+    assert finished.count("\n") == 6
+    steps: list[int] = []
+    step = Stack.train_step
+
+    def counted(self: Stack) -> tuple[Tensor, Tensor]:
+        steps.append(len(self.runs))
+        return step(self)
+
+    recipe = dataclasses.replace(RECIPE, steps=200)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stack, "train_step", counted)
+        again = portrait(recipe, GRID, tmp_path / "p")
+    assert len(trained) == 6
+    assert 0 < len(steps) <= 100
+    assert max(steps) == 4, "two of the six had diverged and left the stack before the kill"
+    assert (tmp_path / "p" / "runs.jsonl").read_text().startswith(finished)
+    assert not (tmp_path / "p" / "stack.pt").exists()
+    for ours, whole in zip(again.records, portrait(recipe, GRID, tmp_path / "whole").records, strict=True):
+        assert (ours.gamma, ours.lr, ours.seed, ours.diverged_at) == (
+            whole.gamma,
+            whole.lr,
+            whole.seed,
+            whole.diverged_at,
+        )
+        assert ours.final_loss == (whole.final_loss and pytest.approx(whole.final_loss, rel=1e-4))
 
 
 def test_another_recipe_budget_or_version_is_refused_and_nothing_changes(

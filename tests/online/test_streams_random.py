@@ -1,4 +1,4 @@
-"""Targets made on the device: each is its formula, with mean 0 and variance 1, and the global generator plays no part."""
+"""Targets made on the device: each is its formula, of mean 0 and variance 1; the global generator plays no part."""
 
 from __future__ import annotations
 

@@ -202,6 +202,7 @@ def test_diverged_runs_and_trials_are_drawn_without_a_warning(diverged_at: int, 
 def test_one_diverged_run_among_good_ones_shortens_the_mean_curve_to_what_all_reached() -> None:
     study = result()
     good = study.runs["tuned"]
+    assert isinstance(good[0], RunRecord)
     cut = (replace(good[0], curve=Curve((1, 3), (2.3, 2.0), (0.1, 0.2)), diverged_at=9), *good[1:])
     figure = loss_curves(replace(study, runs={**study.runs, "tuned": cut}))
     base, tuned = figure.axes[0].lines

@@ -71,7 +71,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> NoReturn:
         pytest.fail("a finished run was trained again")
 
-    monkeypatch.setattr(gammaopt.tuning._workers, "train", refuse)
+    monkeypatch.setattr(gammaopt.tuning._workers, "train_many", refuse)
 
 
 def runs_of(out: Path) -> list[tuple[float, float, int]]:
@@ -183,6 +183,7 @@ def test_progress_counts_up_to_the_end_and_shows_the_best_feasible_trial(study: 
     events = study.events
     runs = [event.runs for event in events]
     assert runs == sorted(runs)
+    assert runs[:2] == [0, 1]
     assert events[-1].runs == events[-1].runs_total == events[-1].new_runs == len(runs_of(study.out))
     assert [event.trials for event in events] == sorted(event.trials for event in events)
     assert events[-1].trials == events[-1].trials_total == 12

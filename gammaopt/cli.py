@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -74,8 +74,11 @@ def tune(
     seeds: Annotated[int, typer.Option(help="Seeds averaged in each trial.")] = 3,
     confirm_seeds: Annotated[int, typer.Option(help="Fresh seeds for the confirmation.")] = 12,
     gamma_range: Annotated[
-        tuple[float, float], typer.Option(metavar="LO HI", help="Lowest and highest γ searched.")
-    ] = (0.01, 100.0),
+        tuple[float, float] | None,
+        typer.Option(metavar="LO HI", help="Lowest and highest γ searched.", show_default="what the steps can train"),
+    ] = None,
+    octaves: Annotated[float, typer.Option(help="Rates searched on either side of the task's.")] = 5.0,
+    sampler: Annotated[str, typer.Option(help="tpe or gp, after Sobol start points.")] = "tpe",
     storage: Annotated[
         str | None, typer.Option(metavar="URL", help="Optuna storage.", show_default="SQLite in the study's folder")
     ] = None,
@@ -99,14 +102,19 @@ def tune(
         from gammaopt.tuning import tune as run
 
         plan = StudyPlan(
-            task, loss, optimizer, steps, trials, seeds, confirm_seeds, gamma_range, seed, device
+            task, loss, optimizer, steps, trials, seeds, confirm_seeds, cast("tuple[float, float]", gamma_range), seed,
+            device, octaves=octaves, sampler=sampler,
         )  # fmt: skip
+        low, high = plan.gamma_range
+        chosen = f"γ from {low:g} to {high:g}: what {plan.steps:,} steps can train; --gamma-range sets it"
         folder = out or Path("runs") / plan.folder
         if jobs is None:
             jobs = len(os.sched_getaffinity(0)) if device == "cpu" else 1
         finished = (folder / "result.json").exists()
-        with _finished(quiet) if finished else _progress(quiet) as show:
-            result = run(plan, folder, storage=storage, jobs=jobs, on_progress=show)
+        line = "This study is finished; writing its report again." if finished else None if gamma_range else chosen
+        with _progress(quiet or finished) as show:
+            told = _after_line(None if quiet else line, show)
+            result = run(plan, folder, storage=storage, jobs=jobs, on_progress=told)
         _tell(result, folder, json, quiet)
 
 
@@ -259,18 +267,16 @@ def _progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
         yield _PlainLines(console)
 
 
-@contextmanager
-def _finished(quiet: bool) -> Iterator[Callable[[Progress], None]]:
-    """One line instead of progress, once the folder has turned out to be sound."""
-    said = quiet
+def _after_line(line: str | None, show: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    """``show``, and before its first progress a line, if there is one: by then all options have turned out sound."""
+    left = [line] if line else []
 
-    def show(_: Progress) -> None:
-        nonlocal said
-        if not said:
-            typer.echo("This study is finished; writing its report again.", err=True)
-        said = True
+    def told(progress: Progress) -> None:
+        while left:
+            typer.echo(left.pop(), err=True)
+        show(progress)
 
-    yield show
+    return told
 
 
 def _best(progress: Progress) -> str:

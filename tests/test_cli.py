@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,6 +60,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
 def test_json_is_all_of_stdout_and_is_result_json(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     out, done = finished
     assert done.returncode == 0, done.stderr
+    assert re.match(r"γ from 0\.01 to 10: what \d+ steps can train; --gamma-range sets it\n0 % · tuning γ", done.stderr)
     assert json.loads(done.stdout) == json.loads((out / "result.json").read_text())
     assert "100 % · confirming" in done.stderr
     assert f"Report: {out / 'report.html'}" in done.stderr
@@ -248,7 +250,7 @@ def test_portrait_prints_exponents_and_leaves_data_and_a_picture(here: Callable[
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["portrait", "didgits"], "unknown task 'didgits'; choose one of: digits"),
+        (["portrait", "didgits"], "unknown task 'didgits'; choose one of: digits, parity"),
         (["portrait", "digits", "--steps", 0], "steps=0 is too small; give at least 1"),
         (["portrait", "digits", "--steps", 5, "--steps", 5], "steps=[5, 5] has a budget twice; give each once"),
         (["portrait", "digits", "--seeds", 0], "seeds=0 is too small; give at least 1"),

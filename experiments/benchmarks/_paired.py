@@ -80,15 +80,19 @@ def report(rows: list[Row], options: argparse.Namespace) -> None:
     write_json(options, {"rows": [asdict(row) for row in rows]}, missed)
 
 
+def machine_and_date() -> dict[str, str]:
+    """Where and when a number was made."""
+    return {
+        "date": str(datetime.datetime.now(tz=datetime.UTC).date()),
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "torch": torch.__version__,
+    }
+
+
 def write_json(options: argparse.Namespace, content: dict[str, object], missed: list[str]) -> None:
     """Write what was measured if asked, name the missed bars, and exit 1 for them under ``--check``."""
     if options.json:
-        made = {
-            "date": str(datetime.datetime.now(tz=datetime.UTC).date()),
-            "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-            "torch": torch.__version__,
-        }
-        options.json.write_text(json.dumps({**made, **content}, indent=1, ensure_ascii=False) + "\n")
+        options.json.write_text(json.dumps({**machine_and_date(), **content}, indent=1, ensure_ascii=False) + "\n")
     for line in missed:
         print(f"missed: {line}", file=sys.stderr)
     if options.check and missed:

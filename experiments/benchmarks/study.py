@@ -109,12 +109,12 @@ def measure(plan: StudyPlan, jobs: int, every: int) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(tune_module, "Workers", workers):
         start = time.perf_counter()
-        result = tune(plan, Path(folder) / "study", jobs=jobs)
+        tune(plan, Path(folder) / "study", jobs=jobs)
         whole = time.perf_counter() - start
     paired = made[0]
     ours = whole - paired.spent
     alone = ours - paired.ours + paired.theirs
-    run_steps = paired.cells * result.plan.recipe().steps
+    run_steps = paired.cells * plan.recipe().steps
     return {
         "name": "digits",
         "trials": plan.trials,

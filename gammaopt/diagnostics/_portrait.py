@@ -204,7 +204,7 @@ def portrait(
         _check(folder, identity)
         if not (folder / "portrait.json").exists():
             write_atomically(folder / "portrait.json", json.dumps(identity, indent=2) + "\n")
-        file = RunFile(folder / "runs.jsonl")
+        file = RunFile(folder / "runs.jsonl", RunRecord.from_dict)
         try:
             held = {key for key, records in by_run(file.records).items() if len(records) == len(ends)}
             train_many(

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Generic, Protocol, TypeVar
 
 from gammaopt._errors import UsageError
 from gammaopt.online.record import RunRecord
 
 
-class RunFile:
-    """The records of a file, and where the next ones go. ``records`` are those of whole lines, in their order."""
+class _Record(Protocol):
+    def to_json(self) -> str: ...
 
-    def __init__(self, path: Path) -> None:
+
+R = TypeVar("R", bound=_Record)
+
+
+class RunFile(Generic[R]):
+    """The records of a file, and where the next ones go. ``records`` are those of whole lines, in their order.
+
+    Args:
+        path: the file; it need not exist.
+        read: makes a record from the JSON values of its line.
+    """
+
+    def __init__(self, path: Path, read: Callable[[dict[str, Any]], R]) -> None:
         self.path = path
+        self._parse = read
         self.records = self._read()
         self._file: IO[str] | None = None
 
-    def _read(self) -> list[RunRecord]:
+    def _read(self) -> list[R]:
         if not self.path.exists():
             return []
         try:
@@ -32,7 +45,7 @@ class RunFile:
         records = []
         for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
             try:
-                records.append(RunRecord.from_dict(json.loads(line)))
+                records.append(self._parse(json.loads(line)))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UsageError(
                     f"{self.path} line {number} is not a run record ({type(error).__name__}); "
@@ -44,7 +57,7 @@ class RunFile:
                 file.truncate(len(content) - len(rest))
         return records
 
-    def add(self, *records: RunRecord) -> None:
+    def add(self, *records: R) -> None:
         """Keep finished runs: on disk, all of them, before this returns."""
         if self._file is None:
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()

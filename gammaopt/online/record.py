@@ -50,6 +50,11 @@ class RunRecord:
     diverged_at: int | None
     curve: Curve
 
+    @property
+    def reports(self) -> tuple[tuple[int, float], ...]:
+        """(step, online accuracy) at the curve's steps: what a study reports of the run on its way."""
+        return tuple(zip(self.curve.steps, self.curve.accuracy, strict=True))
+
     def to_json(self) -> str:
         """One line of strict JSON."""
         return json.dumps(dataclasses.asdict(self), allow_nan=False)

@@ -27,6 +27,8 @@ class Task:
         base_lr: (optimizer family, loss) → a rate that trains at γ = 1 in mean-field form. Only the centre of the
             searched range, five octaves on either side, for every γ alike.
         steps, batch_size: default budget.
+        plateau_steps: loss → T₁, the steps that γ = 1 stays on its plateau at the best rate under SGD; it sets the
+            range of γ that a budget can train.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Task:
     base_lr: Mapping[tuple[OptimizerFamily, Loss], float] = field(hash=False)
     steps: int = 1000
     batch_size: int = 32
+    plateau_steps: Mapping[Loss, float] = field(default_factory=dict, hash=False)
 
 
 def _digits_mlp(width: int = 64, depth: int = 3) -> nn.Module:
@@ -64,6 +67,9 @@ TASKS: dict[str, Task] = {
                 ("adam", "cross_entropy"): 0.5,
                 ("adam", "mse"): 0.5,
             },
+            # Accuracy leaves chance after 11·γ^(1/3) and 25·γ^(1/3) steps, γ = 10 … 1,000: the tables of
+            # experiments/benchmarks/surrogates.py.
+            plateau_steps={"mse": 11.0, "cross_entropy": 25.0},
         ),
         Task(
             name="parity",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gammaopt.online.record import RunRecord
+from gammaopt.tuning._record import Record
 from gammaopt.tuning._result import TuneResult
 
 if TYPE_CHECKING:
@@ -25,6 +25,18 @@ def _figure() -> tuple[Figure, Axes]:
     return figure, _plain(figure.add_subplot())
 
 
+def _unit(result: TuneResult) -> str:
+    return result.metric.replace("_", " ") + (" in %" if result.plan.scale == 100 else "")
+
+
+def _frame(result: TuneResult, scores: list[float]) -> float:
+    """The lowest score shown: far-off trials say little and would flatten the rest."""
+    if result.plan.scale == 100:
+        return max(min(scores) - 1, max(scores) - SHOWN_POINTS)
+    low, _, high = np.percentile(scores, [25, 50, 100])  # of no known unit: the better three quarters
+    return float(low - 0.05 * (high - low))
+
+
 def _plain(axes: Axes) -> Axes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
@@ -41,28 +53,28 @@ def gamma_curve(result: TuneResult) -> Figure:
 def gamma_curve_on(axes: Axes, result: TuneResult) -> None:
     """Draw :func:`gamma_curve` on given axes."""
     _plain(axes)
-    searched = [t for t in result.trials if not t.diverged]
+    searched, scale = [t for t in result.trials if not t.diverged], result.plan.scale
     for arm, colour, label in (("tuned", TUNED, "trials over γ"), ("one_equal_budget", ONE, "trials at γ = 1")):
         mine = [t for t in searched if t.arm == arm]
         axes.scatter(
-            [t.gamma for t in mine], [100 * t.score for t in mine], s=14, color=colour, alpha=0.35, lw=0, label=label
+            [t.gamma for t in mine], [scale * t.score for t in mine], s=14, color=colour, alpha=0.35, lw=0, label=label
         )
     tuned, one = result.arms["tuned"], result.arms["one_equal_budget"]
     for a, b in zip(one.scores, tuned.scores, strict=True):
-        axes.plot([1.0, tuned.gamma], [100 * a, 100 * b], color=FAINT, lw=0.8, marker=".", ms=4, zorder=3)
+        axes.plot([1.0, tuned.gamma], [scale * a, scale * b], color=FAINT, lw=0.8, marker=".", ms=4, zorder=3)
     for arm_, colour, label in ((tuned, TUNED, f"γ = {tuned.gamma:.3g}"), (one, ONE, "γ = 1")):
         axes.plot(
-            [arm_.gamma], [100 * arm_.confirmed_score], "D", ms=8, color=colour, zorder=4, mec="white",
-            label=f"{label}, {len(arm_.scores)} fresh seeds: {100 * arm_.confirmed_score:.1f} %",
+            [arm_.gamma], [scale * arm_.confirmed_score], "D", ms=8, color=colour, zorder=4, mec="white",
+            label=f"{label}, {len(arm_.scores)} fresh seeds: {result.shown(arm_.confirmed_score)}",
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_xlabel("feature-learning strength γ")
-    axes.set_ylabel("prequential accuracy in %")
-    # Far-off trials say little and would flatten the rest: they may leave the frame below, and are counted there.
-    scores = [100 * t.score for t in searched] + [100 * s for arm_ in (tuned, one) for s in arm_.scores]
-    bottom = max(min(scores) - 1, max(scores) - SHOWN_POINTS)
-    axes.set_ylim(bottom=bottom, top=max(scores) + 1)
-    below = sum(100 * t.score < bottom for t in searched)
+    axes.set_ylabel(_unit(result))
+    # Trials may leave the frame below, and are counted there.
+    scores = [scale * t.score for t in searched] + [scale * s for arm_ in (tuned, one) for s in arm_.scores]
+    bottom = _frame(result, scores)
+    axes.set_ylim(bottom=bottom, top=max(scores) + (1 if scale == 100 else 0.05 * (max(scores) - bottom) or 1.0))
+    below = sum(scale * t.score < bottom for t in searched)
     title = f"{below} trials lie below the frame"
     axes.legend(framealpha=0.9, edgecolor="none", fontsize=8, loc="lower right", title=title, title_fontsize=8)
 
@@ -72,10 +84,11 @@ def plane(result: TuneResult) -> Figure:
     figure, axes = _figure()
     stable = [t for t in result.trials if not t.diverged]
     diverged = [t for t in result.trials if t.diverged]
-    best = max((100 * t.score for t in stable), default=SHOWN_POINTS)
+    colours = [result.plan.scale * t.score for t in stable] or [0.0, SHOWN_POINTS]
+    best, least = max(colours), _frame(result, colours) if result.plan.scale != 100 else max(colours) - SHOWN_POINTS
     drawn = axes.scatter(
-        [t.gamma for t in stable], [t.effective_lr for t in stable], c=[100 * t.score for t in stable], s=34,
-        cmap="viridis", lw=0.4, edgecolors="white", zorder=3, vmin=best - SHOWN_POINTS, vmax=best,
+        [t.gamma for t in stable], [t.effective_lr for t in stable], c=colours[: len(stable)], s=34,
+        cmap="viridis", lw=0.4, edgecolors="white", zorder=3, vmin=least, vmax=best,
     )  # fmt: skip
     if diverged:
         axes.plot(
@@ -98,7 +111,7 @@ def plane(result: TuneResult) -> Figure:
     axes.set_xlabel("feature-learning strength γ")
     axes.set_ylabel("learning rate η")
     axes.legend(frameon=False, fontsize=8, loc="upper left")
-    figure.colorbar(drawn, ax=axes, label="prequential accuracy in %", extend="min")
+    figure.colorbar(drawn, ax=axes, label=_unit(result), extend="min")
     return figure
 
 
@@ -114,13 +127,14 @@ def loss_curves(result: TuneResult) -> Figure:
     axes.set_xscale("log")
     axes.set_xlim(1, int(result.plan.steps or 1) + 1)  # also where every run diverged at once and nothing is drawn
     axes.set_xlabel("step")
-    axes.set_ylabel(f"online loss ({str(result.plan.loss).replace('_', ' ')})")
-    axes.set_ylim(bottom=0)
+    axes.set_ylabel(result.plan.curve)
+    if result.plan.scale == 100:
+        axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=9)
     return figure
 
 
-def _mean_curve(runs: tuple[RunRecord, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _mean_curve(runs: tuple[Record, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps, mean loss and standard deviation over runs, as far as all of them got before diverging."""
     length = min(len(run.curve.steps) for run in runs)
     losses = np.array([run.curve.loss[:length] for run in runs]).reshape(len(runs), length)

@@ -10,6 +10,7 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from gammaopt.report._figures import gamma_curve, loss_curves, plane
+from gammaopt.tuning._confirm import Confirmation
 from gammaopt.tuning._result import TuneResult
 
 if TYPE_CHECKING:
@@ -40,8 +41,10 @@ p.caption { color: #55626a; font-size: .9rem; margin-top: .2rem; }
 <h1>$title</h1>
 <p class="verdict"><strong>$verdict</strong></p>
 $notes
-<p>$final</p>
-<h2>Accuracy against γ</h2>
+<p>$budget</p>
+<p>$others</p>
+$final
+<h2>$metric against γ</h2>
 $gamma_curve
 <p class="caption">Small dots: trials of the search, each the mean over $seeds tuning seeds. Grey lines: fresh seeds,
 each joining its run at γ&nbsp;=&nbsp;1 and its run at the tuned γ. Diamonds: their means.</p>
@@ -49,14 +52,18 @@ each joining its run at γ&nbsp;=&nbsp;1 and its run at the tuned γ. Diamonds: 
 $plane
 <p class="caption">The line is the law through the best rate found at γ&nbsp;=&nbsp;1. Nothing on it was fitted for
 γ&nbsp;≠&nbsp;1.</p>
-<h2>Loss in time</h2>
+<h2>Runs in time</h2>
 $loss_curves
-<p class="caption">Mean and standard deviation over the fresh seeds; each batch is scored before it is trained on.</p>
+<p class="caption">Mean and standard deviation over the fresh seeds.</p>
 <h2>Arms</h2>
 <div class="wide">$arms</div>
 <p class="caption">Each arm chose the best of its trials on the tuning seeds. Equal budget means equal trials, samples
 and FLOPs: every run takes $steps steps. “Tuning score” was the best of many and so is optimistic; the verdict uses
 fresh seeds only.</p>
+<h2>γ&nbsp;=&nbsp;1 at the rates beside</h2>
+<div class="wide">$rivals</div>
+<p class="caption">A search misses the best rate by a little. “Confirmed” asks that tuned γ beats γ&nbsp;=&nbsp;1 at the
+rate it chose and at each of these.</p>
 <h2>Fresh seeds</h2>
 <div class="wide">$table</div>
 <h2>Made by</h2>
@@ -66,7 +73,7 @@ fresh seeds only.</p>
 </html>
 """)
 
-COLOURS = {"confirmed": "#2e7d4f", "not confirmed": "#8a8f93", "worse": "#b5433a"}
+COLOURS = {"confirmed": "#2e7d4f", "not confirmed": "#8a8f93", "worse": "#b5433a", "range too small": "#8a4b00"}
 ARM_TITLES = {
     "tuned": "tuned γ",
     "one_equal_budget": "γ = 1, equal budget",
@@ -77,30 +84,60 @@ ARM_TITLES = {
 def html_report(result: TuneResult) -> str:
     """The report of a study as one self-contained HTML page: no scripts, no outside files."""
     return PAGE.substitute(
-        title=escape(f"γ study: {result.plan.task}, {result.plan.loss}, {result.plan.optimizer}".replace("_", " ")),
+        title=escape(f"γ study: {result.plan.title}"),
+        metric=escape(result.metric.replace("_", " ").capitalize()),
+        budget=escape(result.budget_in_words()),
+        others=escape(_others_words(result)),
+        rivals=_rivals_table(result),
         colour=COLOURS[result.verdict],
         verdict=escape(result.in_words()),
         notes="".join(f'<p class="note">Note: {escape(note)}.</p>' for note in result.notes),
-        final=escape(_final_words(result)),
-        gamma_curve=_svg(gamma_curve(result), "Accuracy against γ"),
+        final=f"<p>{escape(_final_words(result.confirm_final))}</p>" if result.confirm_final else "",
+        gamma_curve=_svg(gamma_curve(result), f"{result.metric.replace('_', ' ')} against γ".capitalize()),
         plane=_svg(plane(result), "Trials in the (γ, η) plane with the law's line"),
-        loss_curves=_svg(loss_curves(result), "Online loss in time"),
+        loss_curves=_svg(loss_curves(result), result.plan.curve.partition(" (")[0].capitalize() + " in time"),
         seeds=result.plan.seeds,
         steps=result.plan.steps,
         arms=_arms_table(result),
         table=_seeds_table(result),
         command=escape(result.command),
-        versions=escape(", ".join(f"{name} {version}" for name, version in result.versions.items())),
+        versions=escape(_made_of(result)),
     )
 
 
-def _final_words(result: TuneResult) -> str:
-    final = result.confirm_final
+def _made_of(result: TuneResult) -> str:
+    versions = [f"{name} {version}" for name, version in result.versions.items()]
+    return ", ".join(versions + ([f"commit {result.git_commit}"] if result.git_commit else []))
+
+
+def _others_words(result: TuneResult) -> str:
+    confirm = result.confirm
+    return (
+        f"Beside the paired t test (p = {confirm.p_value:.2g}): Wilcoxon's signed ranks p = {confirm.wilcoxon_p:.2g}, "
+        f"permutation of signs p = {confirm.permutation_p:.2g}."
+    )
+
+
+def _final_words(final: Confirmation) -> str:
     low, high = (100 * end for end in final.ci95)
     return (
         f"Held-out accuracy at the end, for comparison: {100 * final.mean_difference:+.2f} points "
         f"(95 % interval {low:+.2f} to {high:+.2f})."
     )
+
+
+def _rivals_table(result: TuneResult) -> str:
+    scale = result.plan.scale
+    rows = (
+        (
+            f"{rival.lr:.3g}",
+            f"{scale * rival.confirm.mean_difference:+.2f}",
+            f"{scale * rival.confirm.ci95[0]:+.2f} to {scale * rival.confirm.ci95[1]:+.2f}",
+            f"{rival.confirm.p_value:.2g}",
+        )
+        for rival in result.rivals
+    )
+    return _table(("lr of γ = 1", "tuned γ − γ = 1", "95 % interval", "p"), rows)
 
 
 def _arms_table(result: TuneResult) -> str:
@@ -113,7 +150,7 @@ def _arms_table(result: TuneResult) -> str:
         "η = lr·s(γ)",
         "tuning score",
         "fresh seeds",
-        "held-out at the end",
+        *(["held-out at the end"] if result.confirm_final else []),
     )
     rows = (
         (
@@ -123,9 +160,9 @@ def _arms_table(result: TuneResult) -> str:
             f"{arm.gamma:.3g}",
             f"{arm.lr:.3g}",
             f"{arm.effective_lr:.3g}",
-            f"{100 * arm.score:.2f} %",
-            f"{100 * arm.confirmed_score:.2f} %",
-            f"{100 * arm.confirmed_final:.2f} %",
+            result.shown(arm.score),
+            result.shown(arm.confirmed_score),
+            *([result.shown(arm.confirmed_final)] if result.confirm_final else []),
         )
         for name, arm in sorted(result.arms.items(), key=lambda item: list(ARM_TITLES).index(item[0]))
     )
@@ -136,7 +173,7 @@ def _seeds_table(result: TuneResult) -> str:
     scores = [result.arms[name].scores for name in ARM_TITLES]
     head = ("seed", *ARM_TITLES.values(), "tuned − equal budget")
     rows = (
-        (str(seed), *(f"{100 * score:.2f} %" for score in row), f"{100 * difference:+.2f}")
+        (str(seed), *(result.shown(score) for score in row), f"{result.plan.scale * difference:+.2f}")
         for seed, *row, difference in zip(result.confirm.seeds, *scores, result.confirm.differences, strict=True)
     )
     return _table(head, rows)

@@ -2,16 +2,32 @@
 
 The study has three arms: ``tuned`` searches (γ, η) with K·M trials, ``one_equal_budget`` searches η at γ = 1 with the
 same K·M trials, and ``one`` is its first M trials, what somebody would spend who doesn't tune γ. The best cell of
-each arm is then run on fresh seeds, and the verdict compares ``tuned`` with ``one_equal_budget``, paired by seed.
+each arm is then run on fresh seeds, and the verdict compares ``tuned`` with ``one_equal_budget``, paired by seed, and
+with γ = 1 at the rates beside the one it chose.
 """
 
 from gammaopt.tuning._confirm import Confirmation as Confirmation
+from gammaopt.tuning._confirm import holm as holm
 from gammaopt.tuning._confirm import paired_t as paired_t
 from gammaopt.tuning._plan import StudyPlan as StudyPlan
 from gammaopt.tuning._result import Arm as Arm
+from gammaopt.tuning._result import Rival as Rival
+from gammaopt.tuning._result import Spent as Spent
 from gammaopt.tuning._result import TuneResult as TuneResult
 from gammaopt.tuning._space import Space as Space
 from gammaopt.tuning._tune import Progress as Progress
 from gammaopt.tuning._tune import tune as tune
 
-__all__ = ["Arm", "Confirmation", "Progress", "Space", "StudyPlan", "TuneResult", "paired_t", "tune"]
+__all__ = [
+    "Arm",
+    "Confirmation",
+    "Progress",
+    "Rival",
+    "Space",
+    "Spent",
+    "StudyPlan",
+    "TuneResult",
+    "holm",
+    "paired_t",
+    "tune",
+]

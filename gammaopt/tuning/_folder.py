@@ -1,6 +1,6 @@
 """The folder of a study: what is in it, who may use it, and how a killed study finds what it had finished.
 
-study.json    the frozen plan and the versions it began under, written first; the folder belongs to it
+study.json    the frozen plan, the versions and the git commit it began under, written first; the folder belongs to it
 runs.jsonl    one line for each finished run; a run found here is never trained again
 study.db      Optuna's SQLite storage, unless another storage was given
 result.json   the result, and report.html
@@ -9,9 +9,7 @@ lock          held while a process works here
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +20,10 @@ from typing import Any
 from gammaopt._errors import UsageError
 from gammaopt._files import locked, write_atomically
 from gammaopt.online._run_file import RunFile
-from gammaopt.online.record import RunRecord
-from gammaopt.tuning._plan import StudyPlan
+from gammaopt.tuning._budget import Plan
+from gammaopt.tuning._frozen import git_commit
+from gammaopt.tuning._frozen import versions as versions
+from gammaopt.tuning._record import Record
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Cell:
 
 
 @contextmanager
-def opened(path: Path, plan: StudyPlan) -> Iterator[Folder]:
+def opened(path: Path, plan: Plan) -> Iterator[Folder]:
     """Take the folder for ``plan``: make it, or go on in it if it holds the same plan.
 
     Raises:
@@ -47,16 +47,17 @@ def opened(path: Path, plan: StudyPlan) -> Iterator[Folder]:
     with locked(path):
         _check_contents(path, plan)  # again: another process may have taken the folder in between
         if not (path / "study.json").exists():
-            content = {"plan": plan.to_dict(), "versions": versions(), "id": secrets.token_hex(4)}
+            commit = git_commit(plan.source)
+            content = {"plan": plan.to_dict(), "versions": versions(), "id": secrets.token_hex(4), "git_commit": commit}
             write_atomically(path / "study.json", json.dumps(content, indent=2) + "\n")
-        folder = Folder(path)
+        folder = Folder(path, plan)
         try:
             yield folder
         finally:
             folder.close()
 
 
-def _check_contents(path: Path, plan: StudyPlan) -> None:
+def _check_contents(path: Path, plan: Plan) -> None:
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; choose a folder with --out")
     study = path / "study.json"
@@ -95,12 +96,12 @@ def _check_contents(path: Path, plan: StudyPlan) -> None:
 class Folder:
     """An opened folder: the finished runs, and where the rest goes."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, plan: Plan) -> None:
         self.path = path
-        self._file = RunFile(path / "runs.jsonl")
+        self._file: RunFile[Record] = RunFile(path / "runs.jsonl", plan.read_record)
         self.runs = {Cell(record.gamma, record.lr, record.seed): record for record in self._file.records}
 
-    def add(self, record: RunRecord) -> None:
+    def add(self, record: Record) -> None:
         """Keep a finished run: on disk before this returns."""
         self._file.add(record)
         self.runs[Cell(record.gamma, record.lr, record.seed)] = record
@@ -120,17 +121,21 @@ class Folder:
         return (self.path / "result.json").exists()
 
     def differs(self, result: str) -> bool:
-        """Whether the written result is another than this one; the versions it tells of are its own."""
+        """Whether the written result is another than this one; the versions and commit it tells of are its own."""
         written = _read_json(self.path / "result.json")
-        return not isinstance(written, dict) or {**json.loads(result), "versions": None} != {
-            **written,
-            "versions": None,
-        }
+        own = {"versions": None, "git_commit": None}
+        return not isinstance(written, dict) or {**json.loads(result), **own} != {**written, **own}
 
     @property
     def study_id(self) -> str:
         """What tells this folder's study from others of the same plan, in a storage that they share."""
         return str(_read_json(self.path / "study.json")["id"])
+
+    @property
+    def git_commit(self) -> str | None:
+        """The commit that the study began under, if its code was in git."""
+        found: str | None = _read_json(self.path / "study.json").get("git_commit")
+        return found
 
     @property
     def versions(self) -> dict[str, str]:
@@ -141,12 +146,3 @@ class Folder:
 
 def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def versions() -> dict[str, str]:
-    """Versions that a number may depend on."""
-    from gammaopt import __version__
-
-    packages = ("torch", "numpy", "optuna", "scipy", "scikit-learn")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {"gammaopt": __version__, "python": platform.python_version(), **found, "machine": platform.machine()}

@@ -1,28 +1,26 @@
-"""The frozen plan of a study: everything that decides its numbers, written down before the first run."""
+"""The frozen plan of a bundled task's study: everything that decides its numbers, written down before the first run."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import math
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
-from gammaopt._errors import UsageError, at_least, one_of, positive
+from gammaopt._errors import UsageError, at_least, one_of
 from gammaopt._laws import SMALLEST_FLOAT32_GAMMA, EtaLaw
+from gammaopt.online.record import RunRecord
 from gammaopt.online.tasks import Task, get_task
 from gammaopt.online.train import FAMILIES, OPTIMIZERS, Recipe
-
-LAW_VERSION = 1  # of the formulas behind η*(γ): a study made under other formulas is another study
-CONFIRM_OFFSET = 500_000  # distance between tuning and confirmation seeds
+from gammaopt.tuning._budget import CONFIRM_OFFSET as CONFIRM_OFFSET
+from gammaopt.tuning._budget import LAW_VERSION, Plan, RunBudget
+from gammaopt.tuning._space import OCTAVES, trainable_gammas
 
 
 @dataclass(frozen=True)
-class StudyPlan:
-    """What a study will run. Equal plans give equal studies; a folder holds one.
+class StudyPlan(Plan):
+    """What a study of a bundled task will run. Equal plans give equal studies; a folder holds one.
 
     Args:
         task: name of a bundled task.
@@ -32,9 +30,12 @@ class StudyPlan:
         trials: K·M, the budget of (γ, η) cells of the tuned arm and of rates at γ = 1; ≥ 4.
         seeds: seeds each trial is averaged over.
         confirm_seeds: fresh seeds for the confirmation; ≥ 2, and 10 or more for a result to be shown.
-        gamma_range: lowest and highest γ searched.
+        gamma_range: lowest and highest γ searched; by default what the step budget can train, see
+            :func:`trainable_gammas`.
         seed: base of every random choice.
         device: where the runs train.
+        octaves: how far on either side of the task's base rate rates are searched.
+        sampler: ``"tpe"`` or ``"gp"``, after Sobol start points.
     """
 
     task: str
@@ -44,10 +45,16 @@ class StudyPlan:
     trials: int = 32
     seeds: int = 3
     confirm_seeds: int = 12
-    gamma_range: tuple[float, float] = (0.01, 100.0)
+    gamma_range: tuple[float, float] = None  # type: ignore[assignment]  # replaced by the trainable range
     seed: int = 0
     device: str = "cpu"
     law_version: int = LAW_VERSION
+    octaves: float = OCTAVES
+    sampler: str = "tpe"
+
+    metric: ClassVar[str] = "prequential_accuracy"  # type: ignore[misc]
+    metric_at_end: ClassVar[str | None] = "final_accuracy"  # type: ignore[misc]
+    scale: ClassVar[float] = 100.0  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         task = get_task(self.task)
@@ -57,35 +64,15 @@ class StudyPlan:
             object.__setattr__(self, "steps", task.steps)
         one_of("loss", str(self.loss), task.losses)
         one_of("optimizer", self.optimizer, OPTIMIZERS)
-        for name, minimum in {"steps": 1, "trials": 4, "seeds": 1, "confirm_seeds": 2, "seed": 0}.items():
-            at_least(name, getattr(self, name), minimum)
-        for name in ("seeds", "confirm_seeds"):
-            if getattr(self, name) > CONFIRM_OFFSET:
-                raise UsageError(f"{name}={getattr(self, name)} is too many; give at most {CONFIRM_OFFSET}")
-        if not (isinstance(self.gamma_range, Sequence) and len(self.gamma_range) == 2):
-            raise UsageError(f"gamma_range={self.gamma_range} is no pair; give the lowest and the highest γ")
-        low, high = (positive("gamma", value) for value in self.gamma_range)
-        if not low < high:
-            raise UsageError(f"gamma_range={low:g} {high:g} is empty; give the lower γ first")
-        object.__setattr__(self, "gamma_range", (low, high))
+        given: object = self.gamma_range
+        if given is None and at_least("steps", self.steps, 1):  # type: ignore[arg-type]
+            object.__setattr__(self, "gamma_range", self.trainable_range())
+        self._check_budget()
         _check_device(self.device)
 
-    @property
-    def rates(self) -> int:
-        """M: how many of the rates at γ = 1 somebody tries who doesn't tune γ: about √(K·M), at least 4."""
-        return max(4, round(math.sqrt(self.trials)))
-
-    @property
-    def tuning_seeds(self) -> range:
-        """Seeds that every trial is averaged over."""
-        start = self.seed * 2 * CONFIRM_OFFSET
-        return range(start, start + self.seeds)
-
-    @property
-    def fresh_seeds(self) -> range:
-        """Seeds that no trial has seen, for the confirmation."""
-        start = self.seed * 2 * CONFIRM_OFFSET + CONFIRM_OFFSET
-        return range(start, start + self.confirm_seeds)
+    def trainable_range(self) -> tuple[float, float]:
+        """The range of γ that its step budget can train."""
+        return trainable_gammas(self.law, int(self.steps or 1), self.definition.plateau_steps.get(self.law.loss, 1.0))
 
     @property
     def definition(self) -> Task:
@@ -125,12 +112,6 @@ class StudyPlan:
         return {**dataclasses.asdict(self), "gamma_range": list(self.gamma_range)}
 
     @property
-    def digest(self) -> str:
-        """Eight hex digits that name the plan; the device is not part of it."""
-        values = {name: value for name, value in self.to_dict().items() if name != "device"}
-        return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=4).hexdigest()
-
-    @property
     def folder(self) -> str:
         """Default name of the folder that holds the study."""
         return f"{self.task}-{self.loss}-{self.optimizer}-{self.steps}"
@@ -142,7 +123,52 @@ class StudyPlan:
         words += ["--steps", self.steps, "--trials", self.trials, "--seeds", self.seeds]
         words += ["--confirm-seeds", self.confirm_seeds, "--gamma-range", low, high]
         words += ["--device", self.device, "--seed", self.seed]
+        words += ["--octaves", self.octaves] if self.octaves != OCTAVES else []
+        words += ["--sampler", self.sampler] if self.sampler != "tpe" else []
         return shlex.join(map(str, words))
+
+    @property
+    def title(self) -> str:
+        """Task, loss and optimizer."""
+        return f"{self.task}, {self.loss}, {self.optimizer}".replace("_", " ")
+
+    def names(self) -> dict[str, Any]:
+        """Task, loss and optimizer."""
+        return {"task": self.task, "loss": self.loss, "optimizer": self.optimizer}
+
+    @property
+    def curve(self) -> str:  # type: ignore[override]
+        """What a run's curve shows."""
+        return f"online loss ({str(self.loss).replace('_', ' ')})"
+
+    @property
+    def source(self) -> Path:
+        """This package: the task's code is in it."""
+        return Path(__file__)
+
+    def read_record(self, data: dict[str, Any]) -> RunRecord:
+        """See :meth:`RunRecord.from_dict`."""
+        return RunRecord.from_dict(data)
+
+    def run_budget(self) -> RunBudget:
+        """Steps, samples, and the FLOPs of network and frozen copy, counted on one batch."""
+        recipe = self.recipe()
+        return RunBudget(recipe.steps, recipe.steps * recipe.batch_size, recipe.steps * flops_per_step(recipe))
+
+
+def flops_per_step(recipe: Recipe) -> float:
+    """Floating-point operations of one step of one run: forward and backward, and the frozen copy's forward."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.random.fork_rng([]):
+        net, counter = recipe.build(), FlopCounterMode(display=False)
+    inputs = torch.zeros(recipe.batch_size, *recipe.stream.shape)
+    with counter:
+        net(inputs).sum().backward()
+        with torch.no_grad():
+            net(inputs)
+    return float(counter.get_total_flops())
 
 
 def _check_device(name: str) -> None:

@@ -1,39 +1,38 @@
 """One arm's search: an Optuna study asked for a batch of trials at a time, each averaged over the tuning seeds.
 
-Half of the trials are Sobol points, the rest come from TPE: it ranks the trials it has seen, so the cliff at the edge
-of stability does not bend its model of everything else. A batch is what trains together, so batches are large: all
-Sobol points are one, since none waits for another's score, and TPE proposes the rest in about eight, each point away
-from those asked in the same batch, which it takes for bad ones until they are told (a constant liar). No pruner: on
-plateau-then-drop curves every stock pruner kills the runs that win later. Seeds are never a sampled parameter.
+Half of the trials are Sobol points, the rest come from the plan's sampler. A batch is what trains together, so batches
+are large: all Sobol points are one, since none waits for another's score, and the sampler proposes the rest in about
+eight, each point away from those asked in the same batch (see ``_samplers``). No pruner: on plateau-then-drop curves
+every stock pruner kills the runs that win later. Seeds are never a sampled parameter.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gammaopt._errors import MissingExtraError, UsageError, require
-from gammaopt.online.record import RunRecord
+from gammaopt.tuning._budget import Plan
 from gammaopt.tuning._folder import Cell
-from gammaopt.tuning._plan import StudyPlan
+from gammaopt.tuning._frozen import frozen
+from gammaopt.tuning._record import Record
 from gammaopt.tuning._result import Trial
+from gammaopt.tuning._samplers import given, model_sampler
 from gammaopt.tuning._space import Space
 
 if TYPE_CHECKING:
     import optuna
 
-METRIC = "prequential_accuracy"
 BATCH = 4  # at least as many trials are asked for together, whatever the number of workers
-ROUNDS = 8  # batches that TPE proposes, unless they would be smaller than that
+ROUNDS = 8  # batches that the sampler proposes, unless they would be smaller than that
 
 _ANOTHER = "give another --storage, or none for SQLite in the study's folder"
 _REBUILD = "restore it, or remove it and run the same command: the trials are made again from the finished runs"
 
-Evaluate = Callable[[list[Cell]], dict[Cell, RunRecord]]
+Evaluate = Callable[[list[Cell]], dict[Cell, Record]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,10 @@ def open_storage(url: str, *, own: bool) -> Any:
     optuna = require("optuna", "tune")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        return optuna.storages.RDBStorage(url)
+        storage = optuna.storages.RDBStorage(url)
+        if own:
+            _without_fsync(storage.engine)
+        return storage
     except ImportError:
         raise MissingExtraError(
             f"no driver for {without_secrets(url)} is installed; for PostgreSQL run: pip install 'gammaopt[postgres]', "
@@ -76,8 +78,25 @@ def open_storage(url: str, *, own: bool) -> Any:
         raise UsageError(f"the storage {shown} can't be opened ({reason}); {_REBUILD if own else _ANOTHER}") from None
 
 
+def _without_fsync(engine: Any) -> None:
+    """A commit no longer waits for the disk: a trial has some fifty, and the runs it tells of lie in runs.jsonl.
+
+    A killed process loses nothing by it; what a power cut tears is made again from the runs.
+    """
+    from sqlalchemy import event
+
+    event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=OFF"))
+    engine.dispose()  # the connections it has were made before
+
+
 def search(
-    plan: StudyPlan, study_id: str, arm: Search, storage: Any, evaluate: Evaluate, told: Callable[[Trial], None]
+    plan: Plan,
+    study_id: str,
+    arm: Search,
+    storage: Any,
+    evaluate: Evaluate,
+    told: Callable[[Trial], None],
+    commit: str | None = None,
 ) -> list[Trial]:
     """Run the arm's study to its number of trials, going on where an earlier process stopped.
 
@@ -88,6 +107,7 @@ def search(
         storage: from :func:`open_storage`.
         evaluate: runs cells, and returns a record for each.
         told: called with each trial when it is done, and at the start with those done before.
+        commit: of the code, kept with the plan.
 
     Returns:
         The completed trials, in order.
@@ -96,24 +116,25 @@ def search(
         optuna = require("optuna", "tune")
         name = f"{plan.folder}-{plan.digest}-{study_id}/{arm.arm}"
         study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+        start = arm.space.points(max(arm.trials // 2, min(BATCH, arm.trials)), seed=plan.seed)
         if "plan" not in study.user_attrs:
-            study.set_user_attr("plan", plan.to_dict())
+            for key, value in frozen(plan, arm.space, arm.trials, start, commit).items():
+                study.set_user_attr(key, value)
         for before in _completed(study, plan, arm):
             told(before)
-        start = arm.space.points(max(arm.trials // 2, min(BATCH, arm.trials)), seed=plan.seed)
         while len(done := _completed(study, plan, arm)) < arm.trials:
-            batch = _ask(study, arm, start, len(done), plan.seed)
+            batch = _ask(study, plan, arm, start, len(done))
             cells = [[Cell(*arm.space.cell(t.params), seed) for seed in plan.tuning_seeds] for t in batch]
             records = evaluate([cell for row in cells for cell in row])
             for trial, row in zip(batch, cells, strict=True):
-                _tell(study, trial, [records[cell] for cell in row])
+                _tell(study, plan, trial, [records[cell] for cell in row])
             for made in _completed(study, plan, arm)[len(done) :]:
                 told(made)
         return done
 
 
 def _ask(
-    study: optuna.Study, arm: Search, start: list[dict[str, float]], done: int, seed: int
+    study: optuna.Study, plan: Plan, arm: Search, start: list[dict[str, float]], done: int
 ) -> list[optuna.trial.Trial]:
     """The trials of the next batch: those that a killed process left asked and untold, then new ones.
 
@@ -134,13 +155,8 @@ def _ask(
         else:  # killed within ask
             study.tell(left.number, state=optuna.trial.TrialState.FAIL)
     for index in range(done + len(batch), _batch_end(arm.trials, len(start), done)):
-        # A seed of its own for each trial: a sampler made anew on resuming must not repeat its first points.
-        digest = hashlib.blake2b(f"{seed}/{arm.arm}/{index}".encode(), digest_size=4).digest()
-        study.sampler = (
-            _given(start[index])
-            if index < len(start)
-            else optuna.samplers.TPESampler(n_startup_trials=0, seed=int.from_bytes(digest, "little"))
-        )
+        key = f"{plan.seed}/{arm.arm}/{index}"
+        study.sampler = given(start[index]) if index < len(start) else model_sampler(plan.sampler, key)
         batch.append(study.ask(distributions))
     return batch
 
@@ -156,36 +172,31 @@ def _batch_end(trials: int, start: int, done: int) -> int:
     return min(start + size * ((done - start) // size + 1), trials)
 
 
-def _given(point: dict[str, float]) -> optuna.samplers.BaseSampler:
-    """A sampler of one given point. Not ``enqueue_trial``: a point enqueued by a killed process would come up twice."""
-    from optuna.samplers import BaseSampler
-
-    class Given(BaseSampler):
-        def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
-            return {}
-
-        def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
-            return {}
-
-        def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> float:
-            return point[param_name]
-
-    return Given()
-
-
-def _tell(study: optuna.Study, trial: optuna.trial.Trial, records: list[RunRecord]) -> None:
+def _tell(study: optuna.Study, plan: Plan, trial: optuna.trial.Trial, records: Sequence[Record]) -> None:
     diverged = [record.seed for record in records if record.diverged_at is not None]
     first = records[0]
     for key, value in {"gamma": first.gamma, "lr": first.lr, "effective_lr": first.effective_lr}.items():
         trial.set_user_attr(key, value)
-    trial.set_user_attr("scores", [getattr(record, METRIC) for record in records])
+    scores = [float(getattr(record, plan.metric)) for record in records]
+    trial.set_user_attr("scores", scores)
     trial.set_user_attr("diverged_seeds", diverged)
+    _report(trial, records)
     if "diverged" not in trial.constraints:  # a process may have been killed just after it
         trial.set_constraint("diverged", float(len(diverged)) or -1.0)
-    study.tell(trial, sum(getattr(record, METRIC) for record in records) / len(records))
+    study.tell(trial, sum(scores) / len(scores))
 
 
-def _completed(study: optuna.Study, plan: StudyPlan, arm: Search) -> list[Trial]:
+def _report(trial: optuna.trial.Trial, records: Sequence[Record]) -> None:
+    """The mean over the seeds at each log-spaced step that all of them reached."""
+    before = trial.storage.get_trial(trial._trial_id).intermediate_values  # of a process killed on its way here
+    of_seeds = [dict(record.reports) for record in records]
+    for step in of_seeds[0]:
+        values = [reports[step] for reports in of_seeds if step in reports]
+        if len(values) == len(records) and step not in before:
+            trial.report(sum(values) / len(values), step)
+
+
+def _completed(study: optuna.Study, plan: Plan, arm: Search) -> list[Trial]:
     import optuna
 
     done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))

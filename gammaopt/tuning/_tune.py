@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
 from gammaopt._errors import UsageError, at_least, require
-from gammaopt.online.record import RunRecord
+from gammaopt.tuning._budget import Plan
 from gammaopt.tuning._confirm import Confirmation, paired_t
 from gammaopt.tuning._folder import Cell, Folder, opened, versions
 from gammaopt.tuning._plan import StudyPlan
-from gammaopt.tuning._result import Arm, Trial, TuneResult
-from gammaopt.tuning._search import METRIC, Search, open_storage, search, without_secrets
-from gammaopt.tuning._space import GAMMA, RATE, Space
+from gammaopt.tuning._record import Record
+from gammaopt.tuning._result import Arm, Rival, Spent, Trial, TuneResult, edges
+from gammaopt.tuning._search import Search, open_storage, search, without_secrets
 from gammaopt.tuning._workers import Workers
+
+RIVAL_OCTAVES = (-0.5, -0.25, 0.25, 0.5)  # from the rate that γ = 1 chose; tuned γ has to beat it at all of these
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a study stands; sent after each run.
+    """Where a study stands; sent before the first run and after each.
 
     Attributes:
         stage: ``"tuned"``, ``"one_equal_budget"`` or ``"confirm"``.
@@ -43,7 +44,7 @@ class Progress:
 
 @dataclass
 class _Counter:
-    plan: StudyPlan
+    plan: Plan
     folder: Folder
     send: Callable[[Progress], None]
     stage: str = "tuned"
@@ -55,7 +56,9 @@ class _Counter:
 
     @property
     def total(self) -> int:
-        return 2 * self.plan.trials * self.plan.seeds + (self.confirm_runs or 3 * self.plan.confirm_seeds)
+        return 2 * self.plan.trials * self.plan.seeds + (
+            self.confirm_runs or (3 + len(RIVAL_OCTAVES)) * self.plan.confirm_seeds
+        )
 
     def event(self) -> None:
         best = max((t for t in self.trials if t.arm == self.stage and not t.diverged), key=_score, default=None)
@@ -86,7 +89,7 @@ def tune(
         out: folder of the study; made if missing. It may hold this plan only.
         storage: Optuna storage URL; SQLite in the folder if ``None``.
         jobs: processes to train in. With more than one, call from under ``if __name__ == "__main__":``.
-        on_progress: called after each run.
+        on_progress: called before the first run and after each.
 
     Returns:
         The result, also written to ``result.json`` and ``report.html`` in the folder. A finished study is read
@@ -98,25 +101,38 @@ def tune(
         MissingExtraError: without ``pip install 'gammaopt[tune]'``.
     """
     at_least("jobs", jobs, 1)
+    with Workers(plan, jobs) as workers:
+        return run_study(plan, out, workers.run, storage=storage, on_progress=on_progress)
+
+
+def run_study(
+    plan: Plan,
+    out: str | Path,
+    train: Callable[[list[Cell]], Iterable[Record]],
+    *,
+    storage: str | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> TuneResult:
+    """:func:`tune` for any plan; ``train`` runs cells and yields their records as they finish, in any order."""
     for module in ("optuna", "scipy", "matplotlib", "sklearn"):
         require(module, "tune")
     out = Path(out)
     # A storage outside the folder is tried before the folder is taken; SQLite in it needs the folder first.
     given = open_storage(storage, own=False) if storage is not None else None
-    with opened(out, plan) as folder, Workers(plan, jobs) as workers:
+    with opened(out, plan) as folder:
         if not folder.finished and folder.versions != versions():
             raise UsageError(_other_versions(out, folder.versions))
         # The runs of a folder are those of its plan: what it has is done.
         counter = _Counter(plan, folder, on_progress or (lambda _: None), asked=set(folder.runs))
 
-        def evaluate(cells: Sequence[Cell]) -> dict[Cell, RunRecord]:
+        def evaluate(cells: Sequence[Cell]) -> dict[Cell, Record]:
             missing = [cell for cell in cells if cell not in folder.runs]
             if missing and folder.finished:
                 raise UsageError(
                     f"{out} holds a result, but {len(missing)} of its runs are missing in runs.jsonl; "
                     "restore that, or remove result.json to train them again"
                 )
-            for record in workers.run(missing):
+            for record in train(missing):
                 folder.add(record)
                 counter.asked.add(Cell(record.gamma, record.lr, record.seed))
                 counter.new += 1
@@ -124,27 +140,29 @@ def tune(
             return {cell: folder.runs[cell] for cell in cells}
 
         backend = given or open_storage(f"sqlite:///{quote(str((out / 'study.db').resolve()))}", own=True)
+        if not folder.finished:
+            counter.event()  # nothing is wrong, and now it will take its time
         trials: dict[str, list[Trial]] = {}
         for arm in _arms(plan):
             counter.stage = arm.arm
-            trials[arm.arm] = search(plan, folder.study_id, arm, backend, evaluate, counter.told)
+            trials[arm.arm] = search(
+                plan, folder.study_id, arm, backend, evaluate, counter.told, commit=folder.git_commit
+            )
         trials["one"] = [_renamed(trial, "one") for trial in trials["one_equal_budget"][: plan.rates]]
 
-        chosen = {name: _best(arm) for name, arm in trials.items()}
+        chosen = {name: best_trial(arm) for name, arm in trials.items()}
+        places = places_to_confirm(chosen)
         # Seed by seed: the arms of a seed share its batches.
-        cells = [Cell(best.gamma, best.lr, seed) for seed in plan.fresh_seeds for best in chosen.values()]
+        cells = [Cell(*place, seed) for seed in plan.fresh_seeds for place in places.values()]
         cells = list(dict.fromkeys(cells))
         counter.stage, counter.confirm_runs = "confirm", len(cells)
         counter.event()
         records = evaluate(cells)
         counter.event()
-        runs = {
-            name: tuple(records[Cell(best.gamma, best.lr, seed)] for seed in plan.fresh_seeds)
-            for name, best in chosen.items()
-        }
+        runs = {name: tuple(records[Cell(*place, seed)] for seed in plan.fresh_seeds) for name, place in places.items()}
         command = plan.command() + f" --out {shlex.quote(str(out))}"
         command += f" --storage {shlex.quote(without_secrets(storage))}" if storage is not None else ""
-        result = _result(plan, trials, chosen, runs, folder.versions, command)
+        result = _result(plan, trials, chosen, runs, _spent(plan, trials, folder), folder, command)
         if not folder.finished:
             folder.write("result.json", result.to_json())
         elif folder.differs(result.to_json()):
@@ -157,11 +175,23 @@ def tune(
         return result
 
 
-def _arms(plan: StudyPlan) -> list[Search]:
-    return [
-        Search("tuned", Space(plan.gamma_range, plan.base_lr), plan.trials),
-        Search("one_equal_budget", Space(None, plan.base_lr), plan.trials),
-    ]
+def _arms(plan: Plan) -> list[Search]:
+    return [Search(arm, plan.space(arm), plan.trials) for arm in ("tuned", "one_equal_budget")]
+
+
+def _spent(plan: Plan, trials: dict[str, list[Trial]], folder: Folder) -> dict[str, Spent]:
+    """What each arm's search was given and took; runs that diverged at step n took n."""
+    each, spent = plan.run_budget(), {}
+    for name, arm in trials.items():
+        runs = [folder.runs[Cell(trial.gamma, trial.lr, seed)] for trial in arm for seed in plan.tuning_seeds]
+        taken = sum(min(run.diverged_at or each.steps, each.steps) for run in runs)
+        spent[name] = Spent(
+            runs=len(runs),
+            samples=None if each.samples is None else len(runs) * each.samples,
+            flops=None if each.flops is None else len(runs) * each.flops,
+            used=taken / (len(runs) * each.steps),
+        )
+    return spent
 
 
 def _other_versions(out: Path, began_under: dict[str, str]) -> str:
@@ -179,19 +209,30 @@ def _renamed(trial: Trial, arm: str) -> Trial:
     return Trial(arm, trial.gamma, trial.lr, trial.effective_lr, trial.score, trial.diverged)
 
 
-def _best(trials: list[Trial]) -> Trial:
+def best_trial(trials: list[Trial]) -> Trial:
     """The best trial that diverged on no seed; where all did, the one that earned most before it did."""
     return max([trial for trial in trials if not trial.diverged] or trials, key=_score)
 
 
+def places_to_confirm(chosen: dict[str, Trial]) -> dict[str, tuple[float, float]]:
+    """Name → (γ, lr) of what runs on the fresh seeds: the chosen cells, and γ = 1 beside the rate it chose."""
+    base = chosen["one_equal_budget"].lr
+    rivals = {f"rival {octave:+g}": (1.0, base * 2.0**octave) for octave in RIVAL_OCTAVES}
+    return {**{name: (best.gamma, best.lr) for name, best in chosen.items()}, **rivals}
+
+
 def _result(
-    plan: StudyPlan,
+    plan: Plan,
     trials: dict[str, list[Trial]],
     chosen: dict[str, Trial],
-    runs: dict[str, tuple[RunRecord, ...]],
-    began_under: dict[str, str],
+    runs: dict[str, tuple[Record, ...]],
+    spent: dict[str, Spent],
+    folder: Folder,
     command: str,
 ) -> TuneResult:
+    metric = plan.metric
+    at_end = plan.metric_at_end or metric
+
     def scores(name: str, metric: str) -> list[float]:
         return [float(getattr(record, metric)) for record in runs[name]]
 
@@ -207,41 +248,41 @@ def _result(
             lr=best.lr,
             effective_lr=best.effective_lr,
             score=best.score,
-            confirmed_score=mean(scores(name, METRIC)),
-            confirmed_final=mean(scores(name, "final_accuracy")),
-            scores=tuple(scores(name, METRIC)),
+            confirmed_score=mean(scores(name, metric)),
+            confirmed_final=mean(scores(name, at_end)),
+            scores=tuple(scores(name, metric)),
         )
         for name, best in chosen.items()
     }
 
-    def compare(metric: str) -> Confirmation:
-        return paired_t(metric, plan.fresh_seeds, scores("tuned", metric), scores("one_equal_budget", metric))
+    def compare(metric: str, baseline: str = "one_equal_budget") -> Confirmation:
+        return paired_t(metric, plan.fresh_seeds, scores("tuned", metric), scores(baseline, metric))
 
     return TuneResult(
         plan=plan,
-        metric=METRIC,
+        metric=metric,
         arms=arms,
-        confirm=compare(METRIC),
-        confirm_final=compare("final_accuracy"),
+        confirm=compare(metric),
+        confirm_final=None if plan.metric_at_end is None else compare(plan.metric_at_end),
+        rivals=tuple(Rival(run[0].lr, compare(metric, name)) for name, run in runs.items() if name not in chosen),
+        spent=spent,
         notes=tuple(_notes(plan, chosen)),
-        versions=began_under,
+        versions=folder.versions,
         command=command,
         trials=tuple(trial for name in ("tuned", "one_equal_budget") for trial in trials[name]),
-        runs=runs,
+        runs={name: runs[name] for name in chosen},
+        git_commit=folder.git_commit,
     )
 
 
-def _notes(plan: StudyPlan, chosen: dict[str, Trial]) -> list[str]:
+def _notes(plan: Plan, chosen: dict[str, Trial]) -> list[str]:
     notes = [
-        f"all trials of arm {name} diverged; widen --gamma-range" for name, best in chosen.items() if best.diverged
+        f"all trials of arm {name} diverged; widen --gamma-range or --octaves"
+        for name, best in chosen.items()
+        if best.diverged
     ]
-    for arm in _arms(plan):
-        best = chosen[arm.arm]
-        point = {GAMMA: math.log2(best.gamma), RATE: math.log2(best.lr / plan.base_lr)}
-        for name in arm.space.at_edge(point):
-            what = f"γ = {best.gamma:.3g}" if name == GAMMA else f"lr = {best.lr:.3g}"
-            fix = "; widen --gamma-range" if name == GAMMA else ""
-            notes.append(f"range too small: the best {what} of arm {arm.arm} lies at the end of its range{fix}")
+    for name in ("tuned", "one_equal_budget"):
+        notes += [f"range too small: {edge}" for edge in edges(plan, name, chosen[name].gamma, chosen[name].lr)]
     if plan.confirm_seeds < 10:
         notes.append(f"{plan.confirm_seeds} fresh seeds are few; give --confirm-seeds 10 or more")
     return notes

@@ -12,10 +12,11 @@ import pytest
 
 from gammaopt.online.record import Curve, RunRecord
 from gammaopt.report import gamma_curve, html_report, loss_curves, plane
-from gammaopt.tuning import Arm, StudyPlan, TuneResult, paired_t
+from gammaopt.tuning import Arm, Rival, Spent, StudyPlan, TuneResult, paired_t
+from gammaopt.tuning._record import Record
 from gammaopt.tuning._result import Trial
 
-PLAN = StudyPlan("digits", steps=30, trials=8, seeds=2, confirm_seeds=3)
+PLAN = StudyPlan("digits", steps=30, trials=8, seeds=2, confirm_seeds=3, gamma_range=(0.01, 100.0))
 STEPS = (1, 3, 10, 30)
 
 
@@ -48,7 +49,7 @@ def result(
         name: Arm(name, 4, 1, g, lr, PLAN.law.lr(lr, g), 0.6, sum(scores) / 3, sum(scores) / 3, scores)
         for name, (g, lr, scores) in cells.items()
     }
-    runs = {
+    runs: dict[str, tuple[Record, ...]] = {
         name: tuple(run(g, lr, seed, a, diverged_at) for seed, a in zip(PLAN.fresh_seeds, scores, strict=True))
         for name, (g, lr, scores) in cells.items()
     }
@@ -58,6 +59,8 @@ def result(
         arms=arms,
         confirm=paired_t("prequential_accuracy", PLAN.fresh_seeds, tuned, base),
         confirm_final=paired_t("final_accuracy", PLAN.fresh_seeds, tuned, base),
+        rivals=(Rival(2.0, paired_t("prequential_accuracy", PLAN.fresh_seeds, tuned, base)),),
+        spent={name: Spent(16, 15360, 2.5e9, 0.75) for name in arms},
         notes=notes,
         versions={"gammaopt": "9.8.7", "torch": "6.5.4", "machine": "abacus"},
         command=PLAN.command(),
@@ -134,16 +137,16 @@ def test_the_verdict_comes_in_words_before_any_figure_or_table(html: str) -> Non
     assert verdict < words.index("range too small: γ < 1 & more")
 
 
-def test_the_page_has_three_named_figures_and_two_tables_in_order(html: str) -> None:
+def test_the_page_has_three_named_figures_and_three_tables_in_order(html: str) -> None:
     page = Page(html)
     labels = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
     assert labels == [
-        "Accuracy against γ",
+        "Prequential accuracy against γ",
         "Trials in the (γ, η) plane with the law's line",
         "Online loss in time",
     ]
     kinds = [tag for tag, _ in page.tags if tag in ("svg", "table")]
-    assert kinds == ["svg", "svg", "svg", "table", "table"]
+    assert kinds == ["svg", "svg", "svg", "table", "table", "table"]
 
 
 def test_the_page_names_the_command_and_every_version(html: str) -> None:
@@ -199,6 +202,7 @@ def test_diverged_runs_and_trials_are_drawn_without_a_warning(diverged_at: int, 
 def test_one_diverged_run_among_good_ones_shortens_the_mean_curve_to_what_all_reached() -> None:
     study = result()
     good = study.runs["tuned"]
+    assert isinstance(good[0], RunRecord)
     cut = (replace(good[0], curve=Curve((1, 3), (2.3, 2.0), (0.1, 0.2)), diverged_at=9), *good[1:])
     figure = loss_curves(replace(study, runs={**study.runs, "tuned": cut}))
     base, tuned = figure.axes[0].lines

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from gammaopt import UsageError
-from gammaopt.tuning import Confirmation, paired_t
+from gammaopt.tuning import Confirmation, holm, paired_t
 
 
 @pytest.mark.parametrize("n", [2, 3, 12, 50])
@@ -52,7 +52,44 @@ def test_equal_arms_are_not_confirmed_and_have_p_one() -> None:
     ],
 )
 def test_the_verdict_asks_for_the_whole_interval_on_one_side(interval: tuple[float, float], verdict: str) -> None:
-    assert Confirmation("accuracy", (1, 2), 0.0, interval, 0.5, (0.0, 0.0)).verdict == verdict
+    assert Confirmation("accuracy", (1, 2), 0.0, interval, 0.5, (0.0, 0.0), 0.5, 0.5).verdict == verdict
+
+
+@pytest.mark.parametrize("n", [2, 5, 12])
+def test_the_other_p_values_are_scipys_and_the_exact_permutation_of_signs(n: int) -> None:
+    draw = np.random.default_rng(n)
+    differences = 0.4 + draw.standard_normal(n)
+    result = paired_t("accuracy", range(n), differences.tolist(), [0.0] * n)
+    assert result.wilcoxon_p == pytest.approx(float(stats.wilcoxon(differences).pvalue))
+    signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+    means = np.abs((signs * differences).mean(1))
+    assert result.permutation_p == pytest.approx((means >= abs(differences.mean()) - 1e-12).mean())
+
+
+def test_seeds_without_a_difference_count_for_no_sign() -> None:
+    result = paired_t("accuracy", range(5), [0.5, 0.6, 0.6, 0.6, 0.6], [0.5] * 5)
+    assert (result.wilcoxon_p, result.permutation_p) == (0.125, 0.125)  # 2 of 2^4 signs
+    assert paired_t("accuracy", range(3), [0.5] * 3, [0.5] * 3).permutation_p == 1.0
+    assert paired_t("accuracy", range(2), [0.5, 0.6], [0.5] * 2).permutation_p == 1.0
+
+
+@pytest.mark.parametrize(
+    ("p_values", "adjusted"),
+    [
+        ([], []),
+        ([0.03], [0.03]),
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # Holm 1979, by hand: 4, 3, 2, 1 times, never falling
+        ([0.5, 0.6], [1.0, 1.0]),
+    ],
+)
+def test_holm_counts_the_smallest_p_most_often_and_never_reorders(p_values: list[float], adjusted: list[float]) -> None:
+    assert holm(p_values) == pytest.approx(adjusted)
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.1, math.nan])
+def test_holm_refuses_what_is_no_probability(p: float) -> None:
+    with pytest.raises(UsageError, match=f"p={p} is no probability"):
+        holm([0.5, p])
 
 
 def test_swapping_the_arms_mirrors_the_result() -> None:

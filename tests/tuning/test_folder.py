@@ -20,7 +20,7 @@ from gammaopt.online.record import Curve, RunRecord
 from gammaopt.tuning import StudyPlan
 from gammaopt.tuning._folder import Cell, opened
 
-PLAN = StudyPlan("digits", steps=3, trials=4, seeds=1, confirm_seeds=2)
+PLAN = StudyPlan("digits", steps=3, trials=4, seeds=1, confirm_seeds=2, gamma_range=(0.01, 100.0))
 
 
 def record(seed: int) -> RunRecord:

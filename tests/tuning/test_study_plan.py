@@ -68,6 +68,8 @@ CHANGES: dict[str, Any] = {
     "gamma_range": (0.01, 99.0),
     "seed": 1,
     "law_version": 2,
+    "octaves": 4.0,
+    "sampler": "gp",
 }
 
 

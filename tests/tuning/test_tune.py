@@ -24,12 +24,12 @@ import gammaopt.tuning._workers
 from gammaopt import UsageError
 from gammaopt.online import TASKS, RunRecord
 from gammaopt.tuning import Progress, StudyPlan, TuneResult, paired_t, tune
-from gammaopt.tuning._result import Trial
+from gammaopt.tuning._result import Rival, Trial, judge
 from gammaopt.tuning._search import without_secrets
 from gammaopt.tuning._tune import _notes
 
 # Six trials: a batch of four Sobol points, then an uneven batch that TPE proposes.
-PLAN = StudyPlan("digits", steps=20, trials=6, seeds=2, confirm_seeds=3)
+PLAN = StudyPlan("digits", steps=20, trials=6, seeds=2, confirm_seeds=3, gamma_range=(0.01, 100.0))
 
 
 @dataclass
@@ -96,10 +96,15 @@ def test_result_json_holds_what_is_promised_and_is_what_tune_returns(study: Stud
     assert (data["gamma"], data["lr"]) == (result.arms["tuned"].gamma, result.arms["tuned"].lr)
     assert data["baseline"]["lr"] == result.arms["one_equal_budget"].lr
     assert data["arms"].keys() == {"tuned", "one_equal_budget", "one"}
-    assert data["confirm"].keys() == {"metric", "seeds", "mean_difference", "ci95", "p_value", "differences"}
+    assert data["confirm"].keys() == {
+        "metric", "seeds", "mean_difference", "ci95", "p_value", "differences", "wilcoxon_p", "permutation_p"
+    }  # fmt: skip
+    assert len(data["rivals"]) == 4
+    assert data["spent"]["tuned"]["samples"] == data["spent"]["one_equal_budget"]["samples"] == 6 * 2 * 20 * 32
+    assert data["spent"]["tuned"]["flops"] == data["spent"]["one_equal_budget"]["flops"] > 0
     assert data["confirm"]["metric"] == "prequential_accuracy"
     assert data["confirm"]["seeds"] == list(PLAN.fresh_seeds)
-    assert data["verdict"] in ("confirmed", "not confirmed", "worse")
+    assert data["verdict"] in ("confirmed", "not confirmed", "worse", "range too small")
     assert data["plan"] == PLAN.to_dict()
     assert data["command"] == PLAN.command()
     assert {"gammaopt", "python", "torch", "optuna"} <= data["versions"].keys()
@@ -165,6 +170,7 @@ def test_the_confirmation_is_the_paired_test_of_the_runs_on_fresh_seeds(study: S
 
 def test_no_run_is_on_disk_that_nobody_asked_for(study: Study) -> None:
     chosen = {(arm.gamma, arm.lr) for arm in study.result.arms.values()}
+    chosen |= {(1.0, rival.lr) for rival in study.result.rivals}
     runs = runs_of(study.out)
     assert len(set(runs)) == len(runs) == 2 * PLAN.trials * PLAN.seeds + len(chosen) * PLAN.confirm_seeds
     assert {seed for *_, seed in runs} == {*PLAN.tuning_seeds, *PLAN.fresh_seeds}
@@ -177,6 +183,7 @@ def test_progress_counts_up_to_the_end_and_shows_the_best_feasible_trial(study: 
     events = study.events
     runs = [event.runs for event in events]
     assert runs == sorted(runs)
+    assert runs[:2] == [0, 1]
     assert events[-1].runs == events[-1].runs_total == events[-1].new_runs == len(runs_of(study.out))
     assert [event.trials for event in events] == sorted(event.trials for event in events)
     assert events[-1].trials == events[-1].trials_total == 12
@@ -195,6 +202,43 @@ def test_the_report_of_a_study_says_its_verdict_and_its_command(study: Study) ->
 
 
 @pytest.mark.usefixtures("no_report")
+def test_the_plan_is_frozen_in_the_attributes_of_every_optuna_study_and_trials_report_on_their_way(
+    study: Study,
+) -> None:
+    storage = f"sqlite:///{study.out / 'study.db'}"
+    for name in optuna.get_all_study_names(storage):
+        loaded = optuna.load_study(study_name=name, storage=storage)
+        attributes = loaded.user_attrs
+        assert attributes["budget"] == {"trials": 6, "seeds_per_trial": 2, "steps_per_run": 20}
+        assert attributes["tuning_seeds"] == list(PLAN.tuning_seeds)
+        assert attributes["fresh_seeds"] == list(PLAN.fresh_seeds)
+        assert len(attributes["grid_hash"]) == 8
+        assert attributes["law_version"] == PLAN.law_version
+        assert attributes["versions"] == study.result.versions
+        assert attributes["git_commit"] == study.result.git_commit
+        assert attributes["plan"] == PLAN.to_dict()
+        for trial in loaded.trials:
+            assert len(trial.intermediate_values) <= 40
+            assert trial.user_attrs["diverged_seeds"] or trial.last_step == 20
+            assert (trial.constraints["diverged"] > 0) == bool(trial.user_attrs["diverged_seeds"])
+
+
+def test_tuned_has_to_beat_gamma_one_at_the_rates_beside_too_and_an_edge_is_no_result(study: Study) -> None:
+    seeds, high, low = range(12), [0.6] * 12, [0.5] * 12
+    wins, loses = paired_t("m", seeds, high, low), paired_t("m", seeds, low, high)
+    assert judge(wins, (Rival(1.0, wins),), edge=False) == "confirmed"
+    assert judge(wins, (Rival(1.0, wins), Rival(2.0, loses)), edge=False) == "not confirmed"
+    assert judge(loses, (Rival(1.0, wins),), edge=False) == "worse"
+    assert judge(wins, (), edge=True) == "range too small"
+    arms = {
+        name: replace(arm, gamma=100.0 if name == "tuned" else 1.0, diverged=0)
+        for name, arm in study.result.arms.items()
+    }
+    edge = replace(study.result, arms=arms)
+    assert edge.verdict == "range too small"
+    assert edge.in_words().startswith("Range too small: the best γ = 100 of arm tuned")
+
+
 def test_another_base_seed_is_another_study(study: Study, tmp_path: Path) -> None:
     other = tune(replace(PLAN, seed=1, steps=2, trials=4, seeds=1, confirm_seeds=2), tmp_path)
     assert not {t.lr for t in other.trials} & {t.lr for t in study.result.trials}
@@ -294,7 +338,7 @@ KILLED = """
             time.sleep(60)
 
     if __name__ == "__main__":
-        plan = StudyPlan("digits", steps=20, trials=6, seeds=2, confirm_seeds=3)
+        plan = StudyPlan("digits", steps=20, trials=6, seeds=2, confirm_seeds=3, gamma_range=(0.01, 100.0))
         tune(plan, sys.argv[1], jobs=2, on_progress=stop)
 """
 

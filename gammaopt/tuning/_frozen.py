@@ -1,0 +1,62 @@
+"""What is frozen before the first run, so that a number can be traced: budget, seeds, grid, law, versions, commit.
+
+It stands in the user attributes of every Optuna study, one attribute each, where a dashboard shows it, and in the
+study's folder.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gammaopt.tuning._budget import Plan
+    from gammaopt.tuning._space import Space
+
+
+def frozen(plan: Plan, space: Space, trials: int, start: list[dict[str, float]], commit: str | None) -> dict[str, Any]:
+    """Name → value of the attributes of one arm's study, ``plan`` last: it tells that the others are there."""
+    return {
+        "budget": {"trials": trials, "seeds_per_trial": plan.seeds, "steps_per_run": plan.steps},
+        "tuning_seeds": list(plan.tuning_seeds),
+        "fresh_seeds": list(plan.fresh_seeds),
+        "grid_hash": space.digest(start),
+        "law_version": plan.law_version,
+        "versions": versions(),
+        "git_commit": commit,
+        "plan": plan.to_dict(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions that a number may depend on."""
+    from gammaopt import __version__
+
+    packages = ("torch", "numpy", "optuna", "scipy", "scikit-learn")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"gammaopt": __version__, "python": platform.python_version(), **found, "machine": platform.machine()}
+
+
+def git_commit(source: Path) -> str | None:
+    """The commit that the file or folder belongs to, with ``-dirty`` for changes since; ``None`` outside git."""
+    folder = source if source.is_dir() else source.parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    # A package installed inside somebody's repository, in an ignored environment, is not of that repository.
+    tracked = subprocess.run(
+        ["git", "-C", str(folder), "ls-files", "--error-unmatch", str(source.resolve())],
+        capture_output=True,
+        check=False,
+    )
+    return found.stdout.strip() if tracked.returncode == 0 else None

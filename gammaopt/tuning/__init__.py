@@ -12,6 +12,7 @@ from gammaopt.tuning._result import Arm as Arm
 from gammaopt.tuning._result import TuneResult as TuneResult
 from gammaopt.tuning._space import Space as Space
 from gammaopt.tuning._tune import Progress as Progress
+from gammaopt.tuning._tune import Remote as Remote
 from gammaopt.tuning._tune import tune as tune
 
-__all__ = ["Arm", "Confirmation", "Progress", "Space", "StudyPlan", "TuneResult", "paired_t", "tune"]
+__all__ = ["Arm", "Confirmation", "Progress", "Remote", "Space", "StudyPlan", "TuneResult", "paired_t", "tune"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -72,14 +73,24 @@ def open_storage(url: str, *, own: bool) -> Any:
         raise UsageError(f"the storage {shown} can't be opened ({reason}); {_REBUILD if own else _ANOTHER}") from None
 
 
+@contextlib.contextmanager
+def experiments_allowed() -> Iterator[None]:
+    """Parts of Optuna that it calls experimental, used knowingly."""
+    from optuna.exceptions import ExperimentalWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        yield
+
+
 def search(
-    plan: StudyPlan, study_id: str, arm: Search, storage: Any, evaluate: Evaluate, told: Callable[[Trial], None]
+    plan: StudyPlan, name: str, arm: Search, storage: Any, evaluate: Evaluate, told: Callable[[Trial], None]
 ) -> list[Trial]:
     """Run the arm's study to its number of trials, going on where an earlier process stopped.
 
     Args:
         plan: the study's plan.
-        study_id: what tells it from other studies of the same plan in the storage.
+        name: of the study: what tells it from others in the storage.
         arm: what to search.
         storage: from :func:`open_storage`.
         evaluate: runs cells, and returns a record for each.
@@ -90,9 +101,11 @@ def search(
     """
     with _as_usage_error():
         optuna = require("optuna", "tune")
-        name = f"{plan.folder}-{plan.digest}-{study_id}/{arm.arm}"
+        name = f"{name}/{arm.arm}"
         study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
         if "plan" not in study.user_attrs:
+            with experiments_allowed():
+                study.set_metric_names([METRIC])
             study.set_user_attr("plan", plan.to_dict())
         for before in _completed(study, plan, arm):
             told(before)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from gammaopt._errors import UsageError, at_least, require
@@ -18,6 +20,24 @@ from gammaopt.tuning._result import Arm, Trial, TuneResult
 from gammaopt.tuning._search import METRIC, Search, open_storage, search, without_secrets
 from gammaopt.tuning._space import GAMMA, RATE, Space
 from gammaopt.tuning._workers import Workers
+
+if TYPE_CHECKING:
+    from gammaopt.tuning._remote import RemoteWorkers
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Have the runs of a study trained by ``gammaopt worker`` processes, on any machines.
+
+    Args:
+        study: name of the study in the storage, which the workers are given.
+        grace: seconds without a sign of life after which a worker is taken for lost and its cell given to another.
+        say: told in one line what concerns the workers and the storage.
+    """
+
+    study: str
+    grace: int = 120
+    say: Callable[[str], object] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -77,6 +97,7 @@ def tune(
     *,
     storage: str | None = None,
     jobs: int = 1,
+    remote: Remote | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> TuneResult:
     """Run a study to its end in folder ``out``, or go on with it there; finished runs are never trained again.
@@ -86,6 +107,8 @@ def tune(
         out: folder of the study; made if missing. It may hold this plan only.
         storage: Optuna storage URL; SQLite in the folder if ``None``.
         jobs: processes to train in. With more than one, call from under ``if __name__ == "__main__":``.
+        remote: have the runs trained by ``gammaopt worker`` processes on any machines, which share ``storage``; see
+            :class:`Remote`. The result is the same.
         on_progress: called after each run.
 
     Returns:
@@ -98,12 +121,16 @@ def tune(
         MissingExtraError: without ``pip install 'gammaopt[tune]'``.
     """
     at_least("jobs", jobs, 1)
+    if remote is not None:
+        at_least("grace", remote.grace, 2)
+        if storage is None:
+            raise UsageError(f"study={remote.study!r} needs a storage that its workers share; give --storage")
     for module in ("optuna", "scipy", "matplotlib", "sklearn"):
         require(module, "tune")
     out = Path(out)
     # A storage outside the folder is tried before the folder is taken; SQLite in it needs the folder first.
-    given = open_storage(storage, own=False) if storage is not None else None
-    with opened(out, plan) as folder, Workers(plan, jobs) as workers:
+    given = None if storage is None else _open(storage, remote)
+    with _disposed(given), opened(out, plan) as folder, _workers(plan, jobs, storage, remote, folder) as workers:
         if not folder.finished and folder.versions != versions():
             raise UsageError(_other_versions(out, folder.versions))
         # The runs of a folder are those of its plan: what it has is done.
@@ -124,27 +151,20 @@ def tune(
             return {cell: folder.runs[cell] for cell in cells}
 
         backend = given or open_storage(f"sqlite:///{quote(str((out / 'study.db').resolve()))}", own=True)
+        name = remote.study if remote is not None else study_name(plan, folder.study_id)
         trials: dict[str, list[Trial]] = {}
-        for arm in _arms(plan):
+        for arm in arms(plan):
             counter.stage = arm.arm
-            trials[arm.arm] = search(plan, folder.study_id, arm, backend, evaluate, counter.told)
-        trials["one"] = [_renamed(trial, "one") for trial in trials["one_equal_budget"][: plan.rates]]
-
-        chosen = {name: _best(arm) for name, arm in trials.items()}
-        # Seed by seed: the arms of a seed share its batches.
-        cells = [Cell(best.gamma, best.lr, seed) for seed in plan.fresh_seeds for best in chosen.values()]
-        cells = list(dict.fromkeys(cells))
+            trials[arm.arm] = search(plan, name, arm, backend, evaluate, counter.told)
+        cells = confirmation_cells(plan, choose(plan, trials))
         counter.stage, counter.confirm_runs = "confirm", len(cells)
         counter.event()
-        records = evaluate(cells)
+        evaluate(cells)
         counter.event()
-        runs = {
-            name: tuple(records[Cell(best.gamma, best.lr, seed)] for seed in plan.fresh_seeds)
-            for name, best in chosen.items()
-        }
         command = plan.command() + f" --out {shlex.quote(str(out))}"
         command += f" --storage {shlex.quote(without_secrets(storage))}" if storage is not None else ""
-        result = _result(plan, trials, chosen, runs, folder.versions, command)
+        command += f" --study {shlex.quote(remote.study)}" if remote is not None else ""
+        result = result_from(plan, trials, folder.runs, folder.versions, command)
         if not folder.finished:
             folder.write("result.json", result.to_json())
         elif folder.differs(result.to_json()):
@@ -157,11 +177,73 @@ def tune(
         return result
 
 
-def _arms(plan: StudyPlan) -> list[Search]:
+def study_name(plan: StudyPlan, study_id: str) -> str:
+    """What the study of a folder is called in a storage, unless it was given a name."""
+    return f"{plan.folder}-{plan.digest}-{study_id}"
+
+
+def _open(storage: str, remote: Remote | None) -> Any:
+    if remote is None:
+        return open_storage(storage, own=False)
+    from gammaopt.tuning._server import open_server
+
+    return open_server(storage, grace=remote.grace, create=True, say=remote.say)
+
+
+@contextmanager
+def _disposed(storage: Any) -> Iterator[None]:
+    """Connections closed at the end: a server has room for so many."""
+    try:
+        yield
+    finally:
+        if storage is not None:
+            storage.engine.dispose()
+
+
+def _workers(
+    plan: StudyPlan, jobs: int, storage: str | None, remote: Remote | None, folder: Folder
+) -> Workers | RemoteWorkers:
+    if remote is None or storage is None:
+        return Workers(plan, jobs)
+    from gammaopt.tuning._remote import RemoteWorkers
+
+    return RemoteWorkers(plan, storage, remote, began_under=folder.versions, study_id=folder.study_id)
+
+
+def arms(plan: StudyPlan) -> list[Search]:
+    """The searches of a study."""
     return [
         Search("tuned", Space(plan.gamma_range, plan.base_lr), plan.trials),
         Search("one_equal_budget", Space(None, plan.base_lr), plan.trials),
     ]
+
+
+def choose(plan: StudyPlan, trials: Mapping[str, list[Trial]]) -> dict[str, Trial]:
+    """Arm → its best trial; the arm ``one`` are the first trials of ``one_equal_budget``."""
+    one = [_renamed(trial, "one") for trial in trials["one_equal_budget"][: plan.rates]]
+    return {name: _best(of_arm) for name, of_arm in {**trials, "one": one}.items()}
+
+
+def confirmation_cells(plan: StudyPlan, chosen: Mapping[str, Trial]) -> list[Cell]:
+    """The chosen cells on the fresh seeds. Seed by seed: the arms of a seed share its batches."""
+    cells = [Cell(best.gamma, best.lr, seed) for seed in plan.fresh_seeds for best in chosen.values()]
+    return list(dict.fromkeys(cells))
+
+
+def result_from(
+    plan: StudyPlan,
+    trials: dict[str, list[Trial]],
+    runs: Mapping[Cell, RunRecord],
+    began_under: dict[str, str],
+    command: str,
+) -> TuneResult:
+    """The result of finished searches and of the chosen cells' runs on the fresh seeds."""
+    chosen = choose(plan, trials)
+    of_arm = {
+        name: tuple(runs[Cell(best.gamma, best.lr, seed)] for seed in plan.fresh_seeds) for name, best in chosen.items()
+    }
+    all_trials = {**trials, "one": trials["one_equal_budget"][: plan.rates]}
+    return _result(plan, all_trials, chosen, of_arm, began_under, command)
 
 
 def _other_versions(out: Path, began_under: dict[str, str]) -> str:
@@ -235,7 +317,7 @@ def _notes(plan: StudyPlan, chosen: dict[str, Trial]) -> list[str]:
     notes = [
         f"all trials of arm {name} diverged; widen --gamma-range" for name, best in chosen.items() if best.diverged
     ]
-    for arm in _arms(plan):
+    for arm in arms(plan):
         best = chosen[arm.arm]
         point = {GAMMA: math.log2(best.gamma), RATE: math.log2(best.lr / plan.base_lr)}
         for name in arm.space.at_edge(point):

@@ -53,6 +53,18 @@ def without_secrets(url: str) -> str:
         return url.partition("?")[0].rpartition("@")[2]
 
 
+def has_secrets(url: str) -> bool:
+    """Whether a storage URL holds a password."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        return False
+    return parsed.password is not None or "password" in parsed.query
+
+
 def open_storage(url: str, *, own: bool) -> Any:
     """Optuna's storage at ``url``; ``own`` if it is the study's own, in its folder.
 

@@ -25,6 +25,7 @@ from gammaopt.tuning._search import experiments_allowed, without_secrets
 PATIENCE = 600.0  # seconds that a process waits for the server
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 CONNECT_SECONDS = 10
+IDLE_SECONDS = 30  # inside a transaction, at least
 
 _CALLS = (  # what Optuna asks of the storage, and the cache in front of it
     "create_new_study", "delete_study", "set_study_user_attr", "set_study_system_attr", "get_study_id_from_name",
@@ -155,7 +156,7 @@ def _connect_args(url: str, grace: int) -> dict[str, Any]:
         "keepalives_interval": 10,
         "keepalives_count": 3,
         # A process stopped inside a transaction would keep its row locked. And heartbeats are naive times.
-        "options": f"-c idle_in_transaction_session_timeout={1000 * grace} -c TimeZone=UTC",
+        "options": f"-c idle_in_transaction_session_timeout={1000 * max(IDLE_SECONDS, grace)} -c TimeZone=UTC",
     }
     return {name: value for name, value in settings.items() if name not in parsed.query}
 

@@ -6,9 +6,12 @@ finished trials, so they come out as they were, up to the first run that is miss
 
 from __future__ import annotations
 
+import csv
+import dataclasses
+import io
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,12 @@ from typing import Any
 from gammaopt._errors import UsageError, require
 from gammaopt.online._run_file import read_runs
 from gammaopt.online.record import RunRecord
-from gammaopt.tuning._folder import Cell
+from gammaopt.tuning._folder import Cell, opened
 from gammaopt.tuning._plan import StudyPlan
 from gammaopt.tuning._result import Trial, TuneResult
 from gammaopt.tuning._search import search
-from gammaopt.tuning._tune import arms, choose, confirmation_cells, result_from
+from gammaopt.tuning._tune import Remote, arms, check_versions, choose, confirmation_cells, result_from
+from gammaopt.tuning._workers import Workers
 
 
 @dataclass(frozen=True)
@@ -151,3 +155,80 @@ def search_again(plan: StudyPlan, runs: Mapping[Cell, RunRecord]) -> dict[str, l
         except _NotYetError:
             continue
     return found
+
+
+def summary(state: StudyState) -> dict[str, Any]:
+    """How far a study is, as JSON values; the verdict in words once all its runs are there."""
+    arms_now = {}
+    for name, trials in state.trials.items():
+        good = [trial for trial in trials if not trial.diverged]
+        best = max(good, key=lambda trial: trial.score, default=None)
+        arms_now[name] = {
+            "trials": len(trials),
+            "diverged": len(trials) - len(good),
+            "best": None if best is None else {"gamma": best.gamma, "lr": best.lr, "score": best.score},
+        }
+    cells = state.cells_to_confirm() if state.searched else None
+    done = sum(cell in state.runs for cell in cells or ())
+    return {
+        "study": state.where,
+        "plan": state.plan.to_dict(),
+        "arms": arms_now,
+        "confirm": {"runs": done, "runs_total": None if cells is None else len(cells)},
+        "queue": None if state.queue is None else dict(state.queue),
+        "in_words": state.result().in_words() if cells is not None and done == len(cells) else None,
+    }
+
+
+def confirm_in_folder(path: Path, state: StudyState, seeds: int | None, jobs: int) -> TuneResult:
+    """The result on ``seeds`` fresh seeds; the missing runs are trained here, and kept in the folder.
+
+    Raises:
+        UsageError: if the searches are not at their end, the study began under other versions, or the folder is in use.
+    """
+    cells = state.cells_to_confirm(seeds)
+    if all(cell in state.runs for cell in cells):
+        return state.result(seeds)
+    check_versions(state.where, state.versions)
+    with opened(path, state.plan) as folder, Workers(state.plan, jobs) as workers:
+        for record in workers.run([cell for cell in cells if cell not in folder.runs]):
+            folder.add(record)
+    return read_folder(path).result(seeds)
+
+
+def confirm_with_workers(
+    url: str, state: StudyState, seeds: int | None, say: Callable[[str], object] = lambda _: None
+) -> TuneResult:
+    """The result on ``seeds`` fresh seeds; the missing runs are trained by the study's workers.
+
+    Raises:
+        UsageError: if the searches are not at their end, or the storage can't be opened.
+    """
+    cells = state.cells_to_confirm(seeds)
+    if all(cell in state.runs for cell in cells):
+        return state.result(seeds)
+    from gammaopt.tuning._remote import RemoteWorkers
+
+    remote = Remote(state.where, say=say)
+    with RemoteWorkers(state.plan, url, remote, began_under=state.versions, study_id=state.study_id) as workers:
+        for _ in workers.run([cell for cell in cells if cell not in state.runs]):
+            pass
+    return read_storage(url, state.where).result(seeds)
+
+
+def table(state: StudyState, what: str, form: str) -> str:
+    """The runs or the trials as text: ``"csv"``, or ``"jsonl"`` with everything that was recorded."""
+    rows: list[dict[str, Any]]
+    if what == "trials":
+        rows = [dataclasses.asdict(trial) for trials in state.trials.values() for trial in trials]
+        fields = [field.name for field in dataclasses.fields(Trial)]
+    else:
+        rows = [dataclasses.asdict(record) for record in state.runs.values()]
+        fields = [field.name for field in dataclasses.fields(RunRecord) if field.name != "curve"]
+    if form == "jsonl":
+        return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

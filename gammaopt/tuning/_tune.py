@@ -131,8 +131,8 @@ def tune(
     # A storage outside the folder is tried before the folder is taken; SQLite in it needs the folder first.
     given = None if storage is None else _open(storage, remote)
     with _disposed(given), opened(out, plan) as folder, _workers(plan, jobs, storage, remote, folder) as workers:
-        if not folder.finished and folder.versions != versions():
-            raise UsageError(_other_versions(out, folder.versions))
+        if not folder.finished:
+            check_versions(str(out), folder.versions)
         # The runs of a folder are those of its plan: what it has is done.
         counter = _Counter(plan, folder, on_progress or (lambda _: None), asked=set(folder.runs))
 
@@ -246,15 +246,18 @@ def result_from(
     return _result(plan, all_trials, chosen, of_arm, began_under, command)
 
 
-def _other_versions(out: Path, began_under: dict[str, str]) -> str:
+def check_versions(study: str, began_under: Mapping[str, str]) -> None:
+    """Raise :class:`UsageError` unless the versions here are those that the study began under."""
     now = versions()
     changed = [
         f"{name} {began_under.get(name)} there, {now[name]} here" for name in now if began_under.get(name) != now[name]
     ]
-    return (
-        f"{out} holds a study begun under other versions ({changed[0]}), and its numbers would mix; "
-        "install those, or choose another folder with --out"
-    )
+    if changed or set(began_under) != set(now):
+        what = changed[0] if changed else "other packages"
+        raise UsageError(
+            f"{study} holds a study begun under other versions ({what}), and its numbers would mix; "
+            "install those, or choose another folder with --out"
+        )
 
 
 def _renamed(trial: Trial, arm: str) -> Trial:

@@ -51,7 +51,7 @@ class WorkerProcess:
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
 
-    def wait(self, seconds: float = 60) -> int | None:
+    def wait(self, seconds: float = 180) -> int | None:
         """Wait for its end; its exit code."""
         self.process.join(seconds)
         return self.process.exitcode

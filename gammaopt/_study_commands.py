@@ -52,16 +52,16 @@ def status(folder: Folder = None, storage: Url = None, study: Name = None, json:
         typer.echo(f"{state.where}: {plan.task}, {plan.loss}, {plan.optimizer}, {plan.steps} steps")
         for name, arm in figures["arms"].items():
             best = arm["best"]
-            tail = "" if best is None else f"  best γ = {best['gamma']:.3g}, lr = {best['lr']:.3g}: "
+            tail = "" if best is None else f", best γ = {best['gamma']:.3g}, lr = {best['lr']:.3g}: "
             tail += "" if best is None else f"{100 * best['score']:.1f} %"
-            typer.echo(f"  {name:<17}{arm['trials']:>5}/{plan.trials} trials  {arm['diverged']} diverged{tail}")
+            typer.echo(f"  {name:<16}{arm['trials']:>5}/{plan.trials} trials, {arm['diverged']} diverged{tail}")
         confirm = figures["confirm"]
         of = "" if confirm["runs_total"] is None else f"/{confirm['runs_total']}"
-        typer.echo(f"  {'confirm':<17}{confirm['runs']:>5}{of} runs on fresh seeds")
+        typer.echo(f"  {'confirm':<16}{confirm['runs']:>5}{of} runs on fresh seeds")
         if figures["queue"] is not None:
             words = {"WAITING": "waiting", "RUNNING": "running", "COMPLETE": "done", "FAIL": "lost and queued again"}
             counts = ", ".join(f"{figures['queue'].get(key, 0)} {word}" for key, word in words.items())
-            typer.echo(f"  {'cells':<17}{counts}")
+            typer.echo(f"  {'cells':<16}{counts}")
         if figures["in_words"] is not None:
             typer.echo(figures["in_words"])
 

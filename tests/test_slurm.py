@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,12 @@ def test_a_password_is_taken_from_the_environment(url: str, tmp_path: Path) -> N
     assert "s3cret" not in text
     assert '--idle 60 --storage "$GAMMAOPT_STORAGE"\n' in text
     (tmp_path / "job.sh").write_text(text)
-    done = subprocess.run(["bash", tmp_path / "job.sh"], env={"PATH": "/nowhere"}, capture_output=True, check=False)
+    done = subprocess.run(
+        [shutil.which("bash") or "bash", tmp_path / "job.sh"],
+        env={"PATH": "/nowhere"},
+        capture_output=True,
+        check=False,
+    )
     assert b"export it before sbatch" in done.stderr
 
 

@@ -6,21 +6,23 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from gammaopt import UsageError
-from gammaopt.online import Curve, Run, RunRecord, train_many
+from gammaopt.online import Curve, Progress, Run, RunRecord, train_many
 from gammaopt.online._checkpoint import DamagedCheckpointError
 from gammaopt.online._run_file import RunFile, read_runs
 from gammaopt.online.ensemble import StopTraining
 from gammaopt.tuning import StudyPlan, tune
 from gammaopt.tuning._state import read_folder
 
-PLAN = StudyPlan("digits", steps=60, trials=4, seeds=1, confirm_seeds=2)
+PLAN = StudyPlan("digits", steps=20, trials=4, seeds=1, confirm_seeds=2)
 RUN = Run(1.0, 1.0, 0)
+LONG = replace(PLAN, steps=60).recipe()  # longer than the way to the first look
 
 
 @pytest.fixture
@@ -101,20 +103,22 @@ def test_a_study_on_a_full_disk_can_be_read_and_goes_on_to_the_same_result(small
 def stopped(checkpoint: Path) -> None:
     """A run that stops at its first look and leaves a checkpoint."""
 
-    def stop(_: object) -> None:
-        raise StopTraining
+    def stop(progress: Progress) -> None:
+        if progress.done:
+            raise StopTraining
 
-    train_many(PLAN.recipe(), [RUN], checkpoint=checkpoint, on_progress=stop)
+    train_many(LONG, [RUN], checkpoint=checkpoint, on_progress=stop)
 
 
 def test_a_checkpoint_that_does_not_fit_is_told_and_the_one_before_stays(small_disk: Path, tmp_path: Path) -> None:
     with pytest.raises(StopTraining):
         stopped(tmp_path / "whole.pt")
-    assert (tmp_path / "whole.pt").stat().st_size > 65536  # larger than the disk
     (small_disk / "run.pt").write_bytes(b"the one before")
+    fill(small_disk, leave=(tmp_path / "whole.pt").stat().st_size // 2).rename(small_disk / "full")
     with pytest.raises(UsageError, match=r"the checkpoint .*run\.pt can't be written \(No space left on device\)"):
         stopped_over(small_disk / "run.pt")
-    assert {path.name: path.read_bytes() for path in small_disk.iterdir()} == {"run.pt": b"the one before"}
+    assert (small_disk / "run.pt").read_bytes() == b"the one before"
+    assert {path.name for path in small_disk.iterdir()} == {"run.pt", "full"}
 
 
 def stopped_over(path: Path) -> None:
@@ -133,14 +137,14 @@ def test_a_torn_checkpoint_is_named(tmp_path: Path, keep: int) -> None:
         stopped(path)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(DamagedCheckpointError, match=r"run\.pt can't be read as a checkpoint"):
-        train_many(PLAN.recipe(), [RUN], checkpoint=path)
+        train_many(LONG, [RUN], checkpoint=path)
     assert path.stat().st_size == keep
 
 
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     torch.save({"weights": torch.zeros(2)}, tmp_path / "run.pt")
     with pytest.raises(DamagedCheckpointError, match=r"run\.pt can't be read as a checkpoint \(KeyError\)"):
-        train_many(PLAN.recipe(), [RUN], checkpoint=tmp_path / "run.pt")
+        train_many(LONG, [RUN], checkpoint=tmp_path / "run.pt")
 
 
 def test_a_study_with_a_file_size_limit_ends_in_one_line_and_exit_code_two(tmp_path: Path) -> None:

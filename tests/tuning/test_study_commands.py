@@ -188,7 +188,9 @@ def test_optuna_dashboard_shows_the_arms_in_the_laws_coordinates(study: Study) -
             "REQUEST_METHOD": "GET", "PATH_INFO": path, "SERVER_NAME": "x", "SERVER_PORT": "80", "QUERY_STRING": "",
             "wsgi.input": io.BytesIO(), "wsgi.errors": io.StringIO(), "wsgi.url_scheme": "http",
         }  # fmt: skip
-        body = b"".join(app(environ, lambda status, *_: answers.append(status)))
+        answer = app(environ, lambda status, *_: answers.append(status))
+        body = b"".join(answer)
+        getattr(answer, "close", lambda: None)()
         assert answers[0].startswith("200"), (path, answers)
         return body
 
@@ -198,7 +200,7 @@ def test_optuna_dashboard_shows_the_arms_in_the_laws_coordinates(study: Study) -
     for summary in summaries:
         assert summary["directions"] == ["maximize"]
         detail = json.loads(get(f"/api/studies/{summary['study_id']}"))
-        assert detail["metric_names"] == ["prequential_accuracy"]
+        assert detail["objective_names"] == ["prequential_accuracy"]
         arm = summary["study_name"].rpartition("/")[2]
         wanted = {"log2_c"} | ({"log2_gamma"} if arm == "tuned" else set())
         assert len(detail["trials"]) == PLAN.trials

@@ -84,15 +84,20 @@ class PatientStorage(RDBStorage):
     ) -> None:
         self._patience, self._stopping, self._say = patience, stopping or Stopping(), say
         self.away_until = -float("inf")  # time.monotonic() of the last call that had to wait
-        with experiments_allowed():
-            super().__init__(
-                url,
-                engine_kwargs={"pool_pre_ping": True, "connect_args": _connect_args(url, grace)},
-                heartbeat_interval=heartbeat or None,
-                grace_period=grace,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback() if heartbeat else None,
-                skip_table_creation=not create,
-            )
+        try:
+            with experiments_allowed():
+                super().__init__(
+                    url,
+                    engine_kwargs={"pool_pre_ping": True, "connect_args": _connect_args(url, grace)},
+                    heartbeat_interval=heartbeat or None,
+                    grace_period=grace,
+                    heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback() if heartbeat else None,
+                    skip_table_creation=not create,
+                )
+        except Exception:
+            if hasattr(self, "engine"):
+                self.engine.dispose()
+            raise
 
     def wait_for_it(self, call: Callable[[], Any]) -> Any:
         """What ``call`` returns, made again for as long as the server is away."""
@@ -177,7 +182,14 @@ def open_server(url: str, **settings: Any) -> PatientStorage:
             "give a PostgreSQL one, postgresql+psycopg://…"
         )
     try:
-        return PatientStorage(url, **settings)
+        try:
+            return PatientStorage(url, **settings)
+        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError):
+            if not settings["create"]:
+                raise
+            # Another process was making the tables at the same moment; PostgreSQL lets only one.
+            time.sleep(1.0)
+            return PatientStorage(url, **settings)
     except ImportError:
         raise MissingExtraError(
             f"no driver for {without_secrets(url)} is installed; for PostgreSQL run: pip install 'gammaopt[postgres]', "

@@ -64,6 +64,7 @@ class Server:
             self._process = subprocess.Popen(
                 [self._binaries / "postgres", "-D", "data", *words],
                 cwd=self.folder, user=self._user, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C is for the tests, which end it
             )  # fmt: skip
         deadline = time.monotonic() + LIMIT
         while True:

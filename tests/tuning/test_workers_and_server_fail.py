@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import optuna
 import pytest
 import torch
+from sqlalchemy import create_engine
+from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.pool import NullPool
 
 import gammaopt.report
@@ -74,7 +76,12 @@ def trials(url: str) -> list[optuna.trial.FrozenTrial]:
 
 
 def names(url: str) -> list[str]:
-    return sorted(study.study_name for study in look_into(url).get_all_studies())
+    """The studies there are, none before Optuna's tables are made."""
+    try:
+        with create_engine(url, poolclass=NullPool).connect() as connection:
+            return sorted(connection.exec_driver_sql("SELECT study_name FROM studies").scalars())
+    except ProgrammingError:
+        return []
 
 
 def assert_each_cell_is_done_once(url: str, planned: list[Cell], plan: StudyPlan) -> None:
@@ -247,6 +254,8 @@ def test_a_study_through_workers_is_the_study_of_one_process(
     assert counts == {"COMPLETE": len((tmp_path / "many" / "runs.jsonl").read_text().splitlines())}
 
 
+# The array outlives the command that submitted it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_command_line_does_a_study_through_the_local_executor_and_looks_into_it(
     database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,15 +317,25 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_cell_is_done(database: str, t
     assert path.with_suffix(".damaged").read_bytes() == b"PK\x03\x04 torn"
 
 
-def test_a_worker_whose_checkpoint_does_not_fit_hands_its_cell_back(database: str, tmp_path: Path) -> None:
+def test_a_worker_whose_checkpoint_does_not_fit_hands_its_cell_back(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (cell,) = planned = cells(1)
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
     with coordinator(database, LONG) as queue:
         queue._queue.enqueue(planned)
-        # In the place of the file: a folder, which no file can replace.
-        checkpoint_of(tmp_path, LONG, cell).mkdir(parents=True)
-        with pytest.raises(UsageError, match="checkpoint"):
-            work(database, "mine", checkpoints=tmp_path / "checkpoints", **OFTEN)
+        monkeypatch.setattr("gammaopt._files.os.fsync", full)
+        with pytest.raises(
+            UsageError, match=rf"{cell_hash(LONG, cell)}\.pt can't be written \(No space left on device\)"
+        ):
+            work(database, "mine", checkpoints=tmp_path / "checkpoints", idle_seconds=0, **OFTEN)
         assert [trial.state.name for trial in trials(database)] == ["WAITING"]
+        monkeypatch.undo()
+        assert work(database, "mine", checkpoints=tmp_path / "checkpoints", idle_seconds=0) == 1
+    assert_each_cell_is_done_once(database, planned, LONG)
 
 
 def test_of_two_live_trials_of_a_cell_the_first_counts(database: str, tmp_path: Path) -> None:

@@ -34,9 +34,13 @@ class RemoteWorkers:
         self._storage: PatientStorage = open_server(
             url, heartbeat=heartbeat, grace=remote.grace, create=True, say=remote.say
         )
-        self._queue: Queue = make_queue(
-            self._storage, remote.study, plan, began_under=began_under, study_id=study_id, grace=remote.grace
-        )
+        try:
+            self._queue: Queue = make_queue(
+                self._storage, remote.study, plan, began_under=began_under, study_id=study_id, grace=remote.grace
+            )
+        except BaseException:
+            self._storage.engine.dispose()
+            raise
 
     def __enter__(self) -> RemoteWorkers:
         return self

@@ -78,16 +78,18 @@ def work(
             if "does not exist" in str(error):  # Optuna's tables
                 raise UsageError(f"{without_secrets(storage)} holds no study; start the coordinator first") from None
             raise
-        worker = _Worker(find_queue(server, study), server, Path(checkpoints), checkpoint_seconds, stopping, say)
         try:
-            return worker.loop(idle_seconds)
+            worker = _Worker(find_queue(server, study), server, Path(checkpoints), checkpoint_seconds, stopping, say)
+            try:
+                return worker.loop(idle_seconds)
+            finally:
+                worker.heart.stop()
         except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
             raise UsageError(
                 f"the storage {without_secrets(storage)} was away for {patience:g} s ({reason_of(error)}); "
                 "start its server, and the worker again"
             ) from None
         finally:
-            worker.heart.stop()
             server.engine.dispose()
     return 0
 

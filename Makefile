@@ -44,5 +44,5 @@ $(VENV)/.demo: $(VENV)/.made pyproject.toml
 
 $(VENV)/.test: $(VENV)/.made pyproject.toml
 	@echo "Installing into $(VENV); torch is several GB: about 4 minutes …"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[tune,vision,mup,frameworks,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[tune,vision,mup,frameworks,postgres,slurm,dashboard,dev]'
 	touch $@ $(VENV)/.demo

@@ -12,12 +12,12 @@ from pathlib import Path
 from gammaopt._errors import UsageError
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by a file with ``text``, whole or not at all."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace ``path`` by a file with ``content``, text in UTF-8, whole or not at all."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o666 & ~_umask())

@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.console import Console
 
-from gammaopt._errors import MissingExtraError, UsageError
+from gammaopt._errors import UsageError
+from gammaopt._study_commands import COMMANDS
+from gammaopt._terminal import on_stderr, usage_errors
+from gammaopt._worker_command import slurm, worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,8 +35,6 @@ app = typer.Typer(
 
 data = typer.Typer(help="Look at data sets on disk.")
 app.add_typer(data, name="data")
-
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
 def _show_version(wanted: bool) -> None:
@@ -56,7 +57,7 @@ def _options(
 @app.command()
 def tasks() -> None:
     """List the bundled tasks."""
-    with _usage_errors():
+    with usage_errors():
         from gammaopt.online.tasks import TASKS
 
         for task in TASKS.values():
@@ -85,6 +86,12 @@ def tune(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the study.", show_default="runs/TASK-LOSS-OPTIMIZER-STEPS")
     ] = None,
+    study: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Have `gammaopt worker`s on --storage train it, under that name.")
+    ] = None,
+    grace: Annotated[
+        int, typer.Option(metavar="SECONDS", help="Silence after which a worker is taken for lost.")
+    ] = 120,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, …")] = "cpu",
     seed: Annotated[int, typer.Option(help="Base of every random choice.")] = 0,
     jobs: Annotated[
@@ -97,8 +104,8 @@ def tune(
 
     Goes on where it stopped if it is started again with the same options.
     """
-    with _usage_errors():
-        from gammaopt.tuning import StudyPlan
+    with usage_errors():
+        from gammaopt.tuning import Remote, StudyPlan
         from gammaopt.tuning import tune as run
 
         plan = StudyPlan(
@@ -108,14 +115,26 @@ def tune(
         low, high = plan.gamma_range
         chosen = f"γ from {low:g} to {high:g}: what {plan.steps:,} steps can train; --gamma-range sets it"
         folder = out or Path("runs") / plan.folder
+        remote = None
+        if study is not None:
+            if jobs is not None:
+                raise UsageError(f"jobs={jobs} would train here, and the workers of --study {study} train; give one")
+            remote, jobs = Remote(study, grace, (lambda _: None) if quiet else on_stderr), 1
+            storage = storage or os.environ.get("GAMMAOPT_STORAGE")
         if jobs is None:
             jobs = len(os.sched_getaffinity(0)) if device == "cpu" else 1
         finished = (folder / "result.json").exists()
         line = "This study is finished; writing its report again." if finished else None if gamma_range else chosen
         with _progress(quiet or finished) as show:
             told = _after_line(None if quiet else line, show)
-            result = run(plan, folder, storage=storage, jobs=jobs, on_progress=told)
+            result = run(plan, folder, storage=storage, jobs=jobs, remote=remote, on_progress=told)
         _tell(result, folder, json, quiet)
+
+
+app.command()(worker)
+app.command()(slurm)
+for _command in COMMANDS:
+    app.command()(_command)
 
 
 @app.command()
@@ -146,7 +165,7 @@ def portrait(
 
     Goes on where it stopped if it is started again; new γ, rates or seeds compute the new cells only.
     """
-    with _usage_errors():
+    with usage_errors():
         from gammaopt._portrait_command import draw
 
         with _run_steps(quiet) as show:
@@ -170,7 +189,7 @@ def check(
 
     Reads every image once and writes nothing.
     """
-    with _usage_errors():
+    with usage_errors():
         from gammaopt._data_command import check_folder, progress
 
         with progress(quiet) as show:
@@ -239,19 +258,6 @@ def _tell(result: TuneResult, folder: Path, json: bool, quiet: bool) -> None:
         words = result.in_words()
         typer.echo(textwrap.fill(words, shutil.get_terminal_size().columns) if sys.stdout.isatty() else words)
     console.print(f"Report: {folder / 'report.html'}", markup=False)
-
-
-@contextmanager
-def _usage_errors() -> Iterator[None]:
-    """A user's mistake is one line and exit code 2; Ctrl-C says how to go on."""
-    try:
-        yield
-    except (UsageError, MissingExtraError) as error:
-        typer.echo(f"gammaopt: {error}", err=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        typer.echo("\ngammaopt: stopped; run the same command again to go on", err=True)
-        raise typer.Exit(INTERRUPTED) from None
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,14 @@ from typing import Any
 import torch
 
 from gammaopt._errors import UsageError
+from gammaopt._files import write_atomically
 from gammaopt.online._stack import Stack, Traces
 from gammaopt.online.train import Recipe, Run
+
+
+class DamagedCheckpointError(UsageError):
+    """A checkpoint that can't be read, e.g. one that was cut off in copying."""
+
 
 Scores = dict[tuple[Run, int], tuple[float, float]]  # (run, budget) → held-out accuracy and loss
 
@@ -25,6 +32,7 @@ def _identity(recipe: Recipe, runs: list[Run]) -> dict[str, Any]:
 
 
 def save(path: Path, runs: list[Run], stack: Stack, traces: Traces, scores: Scores) -> None:
+    """Replace the checkpoint, whole or not at all: two processes may write it at once, and a disk may be full."""
     content = {
         "of": _identity(stack.recipe, runs),
         "step": stack.step,
@@ -35,21 +43,34 @@ def save(path: Path, runs: list[Run], stack: Stack, traces: Traces, scores: Scor
         "shares": list(traces.shares.values()),
         "scores": [(runs.index(run), end, *score) for (run, end), score in scores.items()],
     }
-    partial = path.with_suffix(".partial")
-    torch.save(content, partial)
-    partial.replace(path)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    try:
+        write_atomically(path, buffer.getvalue())
+    except OSError as error:
+        raise UsageError(
+            f"the checkpoint {path} can't be written ({error.strerror}); "
+            "make room, or choose another place, and run the same command to go on"
+        ) from None
 
 
 def restore(path: Path, stack: Stack, traces: Traces, scores: Scores) -> None:
-    """Go on from a checkpoint of the same stack, if there is one; one of other runs is left alone."""
+    """Go on from a checkpoint of the same stack, if there is one; one of other runs is left alone.
+
+    Raises:
+        DamagedCheckpointError: if the file is no whole checkpoint.
+    """
     if not path.exists():
         return
     try:
         content = torch.load(path, map_location=stack.recipe.device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UsageError(f"{path} can't be read as a checkpoint ({type(error).__name__}); remove it") from error
+        whose = content["of"]
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise DamagedCheckpointError(
+            f"{path} can't be read as a checkpoint ({type(error).__name__}); remove it"
+        ) from error
     runs = stack.runs
-    if content["of"] != _identity(stack.recipe, runs):
+    if whose != _identity(stack.recipe, runs):
         return
     stack.keep(content["alive"])
     stack.load(content["step"], content["parameters"], content["states"])

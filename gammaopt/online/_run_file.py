@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from gammaopt._errors import UsageError
 from gammaopt.online.record import RunRecord
@@ -18,6 +19,33 @@ class _Record(Protocol):
 R = TypeVar("R", bound=_Record)
 
 
+def read_runs(path: Path, read: Callable[[dict[str, Any]], R]) -> tuple[list[R], int]:
+    """The records of a file's whole lines, and the bytes of a half-written line after them. Changes nothing.
+
+    Raises:
+        UsageError: for a file that can't be read, or a line that is no record.
+    """
+    if not path.exists():
+        return [], 0
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"{path} can't be read ({error.strerror}); restore it, or choose another folder with --out"
+        ) from None
+    whole, _, rest = content.rpartition(b"\n")
+    records = []
+    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+        try:
+            records.append(read(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(
+                f"{path} line {number} is not a run record ({type(error).__name__}); "
+                "restore the file, or choose another folder with --out"
+            ) from None
+    return records, len(rest)
+
+
 class RunFile(Generic[R]):
     """The records of a file, and where the next ones go. ``records`` are those of whole lines, in their order.
 
@@ -28,41 +56,34 @@ class RunFile(Generic[R]):
 
     def __init__(self, path: Path, read: Callable[[dict[str, Any]], R]) -> None:
         self.path = path
-        self._parse = read
-        self.records = self._read()
-        self._file: IO[str] | None = None
-
-    def _read(self) -> list[R]:
-        if not self.path.exists():
-            return []
-        try:
-            content = self.path.read_bytes()
-        except OSError as error:
-            raise UsageError(
-                f"{self.path} can't be read ({error.strerror}); restore it, or choose another folder with --out"
-            ) from None
-        whole, _, rest = content.rpartition(b"\n")
-        records = []
-        for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
-            try:
-                records.append(self._parse(json.loads(line)))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UsageError(
-                    f"{self.path} line {number} is not a run record ({type(error).__name__}); "
-                    "restore the file, or choose another folder with --out"
-                ) from None
+        self.records, rest = read_runs(path, read)
+        self._file: io.FileIO | None = None
         if rest:
             # The process was killed while it wrote this line: that run was not finished.
-            with open(self.path, "r+b") as file:
-                file.truncate(len(content) - len(rest))
-        return records
+            with open(path, "r+b") as file:
+                file.truncate(path.stat().st_size - rest)
 
     def add(self, *records: R) -> None:
-        """Keep finished runs: on disk, all of them, before this returns."""
-        if self._file is None:
-            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._file.write("".join(record.to_json() + "\n" for record in records))
-        self._file.flush()
+        """Keep finished runs: on disk, all of them, before this returns.
+
+        Raises:
+            UsageError: if they can't be written, e.g. on a full disk. The file is then as it was.
+        """
+        content = "".join(record.to_json() + "\n" for record in records).encode()
+        size: int | None = None
+        try:
+            if self._file is None:
+                self._file = io.FileIO(self.path, "a")
+            size = self._file.seek(0, io.SEEK_END)
+            while content:  # unbuffered: a disk that fills up takes a part, and refuses the rest
+                content = content[self._file.write(content) :]
+        except OSError as error:
+            if self._file is not None and size is not None:
+                self._file.truncate(size)
+            raise UsageError(
+                f"{self.path} can't be written ({error.strerror}); make room, and run the same command to go on: "
+                "the finished runs are kept"
+            ) from None
         self.records += records
 
     def close(self) -> None:

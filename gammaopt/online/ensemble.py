@@ -36,6 +36,10 @@ CHECKPOINT_SECONDS = 30.0
 Done = Callable[[Run, list[RunRecord]], object]
 
 
+class StopTraining(Exception):  # noqa: N818 - not an error
+    """Raised by ``on_progress`` to stop :func:`train_many`; the stack in training is written to its checkpoint."""
+
+
 class Progress(NamedTuple):
     """How far :func:`train_many` is, in run-steps: one step of one run. A diverged run's remaining steps count."""
 
@@ -52,6 +56,7 @@ def train_many(
     one_at_a_time: bool = False,
     shared: Seeds | None = None,
     checkpoint: Path | None = None,
+    checkpoint_seconds: float | None = None,
     on_done: Done | None = None,
     on_progress: Callable[[Progress], object] | None = None,
 ) -> list[RunRecord]:
@@ -71,8 +76,9 @@ def train_many(
         shared: batches and h₀ of each seed, kept from one call of the same recipe to the next.
         checkpoint: file for the state of the stack in training, written now and then and removed at the end; a call
             with the same runs goes on from there.
+        checkpoint_seconds: how often it is written; every 30 s if ``None``.
         on_done: called with each run and its records, as soon as they are known.
-        on_progress: called now and then.
+        on_progress: called now and then; may raise :class:`StopTraining`.
 
     Returns:
         A record for each run and budget: all budgets of the first run, then of the second …
@@ -94,6 +100,7 @@ def train_many(
     ends = _check_budgets(budgets, recipe.steps)
     if stack is not None:
         at_least("stack", stack, 1)
+    seconds = CHECKPOINT_SECONDS if checkpoint_seconds is None else checkpoint_seconds
     progress = _Progress(len(runs) * recipe.steps, on_progress)
     results: dict[Run, list[RunRecord]] = {}
 
@@ -117,7 +124,7 @@ def train_many(
             while queue:
                 part = queue.pop(0)
                 try:
-                    _train_stack(seeds, part, ends, checkpoint, finish, progress)
+                    _train_stack(seeds, part, ends, (checkpoint, seconds), finish, progress)
                 except torch.OutOfMemoryError:
                     if len(part) == 1:
                         raise
@@ -222,10 +229,16 @@ class _Progress:
 
 
 def _train_stack(
-    seeds: Seeds, runs: list[Run], ends: list[int], checkpoint: Path | None, finish: Done, progress: _Progress
+    seeds: Seeds,
+    runs: list[Run],
+    ends: list[int],
+    saving: tuple[Path | None, float],
+    finish: Done,
+    progress: _Progress,
 ) -> None:
     """Train one stack to the longest budget and hand over the records of its runs."""
     recipe, steps = seeds.recipe, ends[-1]
+    checkpoint, seconds = saving
     stack, traces = Stack(seeds, runs), Traces(runs, steps)
     scores: Scores = {}
     progress.keep()
@@ -246,8 +259,13 @@ def _train_stack(
             stack.keep(alive)
         if stack.step in ends and stack.runs:
             scores.update({(run, stack.step): score for run, score in zip(stack.runs, stack.scores(), strict=True)})
-        progress.add((stack.step - began) * len(runs))
-        if checkpoint is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
+        try:
+            progress.add((stack.step - began) * len(runs))
+        except StopTraining:
+            if checkpoint is not None:
+                save(checkpoint, runs, stack, traces, scores)
+            raise
+        if checkpoint is not None and time.monotonic() - saved > seconds:
             save(checkpoint, runs, stack, traces, scores)
             saved = time.monotonic()
     progress.add((steps - stack.step) * len(runs))  # all diverged

@@ -16,12 +16,14 @@ from gammaopt.tuning._result import Spent as Spent
 from gammaopt.tuning._result import TuneResult as TuneResult
 from gammaopt.tuning._space import Space as Space
 from gammaopt.tuning._tune import Progress as Progress
+from gammaopt.tuning._tune import Remote as Remote
 from gammaopt.tuning._tune import tune as tune
 
 __all__ = [
     "Arm",
     "Confirmation",
     "Progress",
+    "Remote",
     "Rival",
     "Space",
     "Spent",

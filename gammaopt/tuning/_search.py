@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,18 @@ def without_secrets(url: str) -> str:
         return url.partition("?")[0].rpartition("@")[2]
 
 
+def has_secrets(url: str) -> bool:
+    """Whether a storage URL holds a password."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        return False
+    return parsed.password is not None or "password" in parsed.query
+
+
 def open_storage(url: str, *, own: bool) -> Any:
     """Optuna's storage at ``url``; ``own`` if it is the study's own, in its folder.
 
@@ -89,9 +102,19 @@ def _without_fsync(engine: Any) -> None:
     engine.dispose()  # the connections it has were made before
 
 
+@contextlib.contextmanager
+def experiments_allowed() -> Iterator[None]:
+    """Parts of Optuna that it calls experimental, used knowingly."""
+    from optuna.exceptions import ExperimentalWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        yield
+
+
 def search(
     plan: Plan,
-    study_id: str,
+    name: str,
     arm: Search,
     storage: Any,
     evaluate: Evaluate,
@@ -102,7 +125,7 @@ def search(
 
     Args:
         plan: the study's plan.
-        study_id: what tells it from other studies of the same plan in the storage.
+        name: of the study: what tells it from others in the storage.
         arm: what to search.
         storage: from :func:`open_storage`.
         evaluate: runs cells, and returns a record for each.
@@ -114,10 +137,12 @@ def search(
     """
     with _as_usage_error():
         optuna = require("optuna", "tune")
-        name = f"{plan.folder}-{plan.digest}-{study_id}/{arm.arm}"
+        name = f"{name}/{arm.arm}"
         study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
         start = arm.space.points(max(arm.trials // 2, min(BATCH, arm.trials)), seed=plan.seed)
         if "plan" not in study.user_attrs:
+            with experiments_allowed():
+                study.set_metric_names([plan.metric])
             for key, value in frozen(plan, arm.space, arm.trials, start, commit).items():
                 study.set_user_attr(key, value)
         for before in _completed(study, plan, arm):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
 from gammaopt._errors import UsageError, at_least, require
@@ -18,7 +21,32 @@ from gammaopt.tuning._result import Arm, Rival, Spent, Trial, TuneResult, edges
 from gammaopt.tuning._search import Search, open_storage, search, without_secrets
 from gammaopt.tuning._workers import Workers
 
+if TYPE_CHECKING:
+    from gammaopt.tuning._remote import RemoteWorkers
+
 RIVAL_OCTAVES = (-0.5, -0.25, 0.25, 0.5)  # from the rate that γ = 1 chose; tuned γ has to beat it at all of these
+
+
+class Trains(Protocol):
+    """Who trains the cells of a study."""
+
+    def run(self, cells: Iterable[Cell]) -> Iterable[Any]:
+        """Train the cells and yield their records as they finish, in any order."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Have the runs of a study trained by ``gammaopt worker`` processes, on any machines.
+
+    Args:
+        study: name of the study in the storage, which the workers are given.
+        grace: seconds without a sign of life after which a worker is taken for lost and its cell given to another.
+        say: told in one line what concerns the workers and the storage.
+    """
+
+    study: str
+    grace: int = 120
+    say: Callable[[str], object] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -80,6 +108,7 @@ def tune(
     *,
     storage: str | None = None,
     jobs: int = 1,
+    remote: Remote | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> TuneResult:
     """Run a study to its end in folder ``out``, or go on with it there; finished runs are never trained again.
@@ -89,6 +118,8 @@ def tune(
         out: folder of the study; made if missing. It may hold this plan only.
         storage: Optuna storage URL; SQLite in the folder if ``None``.
         jobs: processes to train in. With more than one, call from under ``if __name__ == "__main__":``.
+        remote: have the runs trained by ``gammaopt worker`` processes on any machines, which share ``storage``; see
+            :class:`Remote`. The result is the same.
         on_progress: called before the first run and after each.
 
     Returns:
@@ -101,27 +132,32 @@ def tune(
         MissingExtraError: without ``pip install 'gammaopt[tune]'``.
     """
     at_least("jobs", jobs, 1)
-    with Workers(plan, jobs) as workers:
-        return run_study(plan, out, workers.run, storage=storage, on_progress=on_progress)
+    if remote is not None:
+        at_least("grace", remote.grace, 2)
+        if storage is None:
+            raise UsageError(f"study={remote.study!r} needs a storage that its workers share; give --storage")
+    workers = partial(_workers, plan, jobs, storage, remote)
+    return run_study(plan, out, workers, storage=storage, remote=remote, on_progress=on_progress)
 
 
 def run_study(
     plan: Plan,
     out: str | Path,
-    train: Callable[[list[Cell]], Iterable[Record]],
+    workers_of: Callable[[Folder], AbstractContextManager[Trains]],
     *,
     storage: str | None = None,
+    remote: Remote | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> TuneResult:
-    """:func:`tune` for any plan; ``train`` runs cells and yields their records as they finish, in any order."""
+    """:func:`tune` for any plan; ``workers_of`` gives who trains the cells of a study in its folder."""
     for module in ("optuna", "scipy", "matplotlib", "sklearn"):
         require(module, "tune")
     out = Path(out)
     # A storage outside the folder is tried before the folder is taken; SQLite in it needs the folder first.
-    given = open_storage(storage, own=False) if storage is not None else None
-    with opened(out, plan) as folder:
-        if not folder.finished and folder.versions != versions():
-            raise UsageError(_other_versions(out, folder.versions))
+    given = None if storage is None else _open(storage, remote)
+    with _disposed(given), opened(out, plan) as folder, workers_of(folder) as workers:
+        if not folder.finished:
+            check_versions(str(out), folder.versions)
         # The runs of a folder are those of its plan: what it has is done.
         counter = _Counter(plan, folder, on_progress or (lambda _: None), asked=set(folder.runs))
 
@@ -132,7 +168,7 @@ def run_study(
                     f"{out} holds a result, but {len(missing)} of its runs are missing in runs.jsonl; "
                     "restore that, or remove result.json to train them again"
                 )
-            for record in train(missing):
+            for record in workers.run(missing):
                 folder.add(record)
                 counter.asked.add(Cell(record.gamma, record.lr, record.seed))
                 counter.new += 1
@@ -140,29 +176,22 @@ def run_study(
             return {cell: folder.runs[cell] for cell in cells}
 
         backend = given or open_storage(f"sqlite:///{quote(str((out / 'study.db').resolve()))}", own=True)
+        name = remote.study if remote is not None else study_name(plan, folder.study_id)
         if not folder.finished:
             counter.event()  # nothing is wrong, and now it will take its time
         trials: dict[str, list[Trial]] = {}
-        for arm in _arms(plan):
+        for arm in arms(plan):
             counter.stage = arm.arm
-            trials[arm.arm] = search(
-                plan, folder.study_id, arm, backend, evaluate, counter.told, commit=folder.git_commit
-            )
-        trials["one"] = [_renamed(trial, "one") for trial in trials["one_equal_budget"][: plan.rates]]
-
-        chosen = {name: best_trial(arm) for name, arm in trials.items()}
-        places = places_to_confirm(chosen)
-        # Seed by seed: the arms of a seed share its batches.
-        cells = [Cell(*place, seed) for seed in plan.fresh_seeds for place in places.values()]
-        cells = list(dict.fromkeys(cells))
+            trials[arm.arm] = search(plan, name, arm, backend, evaluate, counter.told, commit=folder.git_commit)
+        cells = confirmation_cells(plan, choose(plan, trials))
         counter.stage, counter.confirm_runs = "confirm", len(cells)
         counter.event()
-        records = evaluate(cells)
+        evaluate(cells)
         counter.event()
-        runs = {name: tuple(records[Cell(*place, seed)] for seed in plan.fresh_seeds) for name, place in places.items()}
         command = plan.command() + f" --out {shlex.quote(str(out))}"
         command += f" --storage {shlex.quote(without_secrets(storage))}" if storage is not None else ""
-        result = _result(plan, trials, chosen, runs, _spent(plan, trials, folder), folder, command)
+        command += f" --study {shlex.quote(remote.study)}" if remote is not None else ""
+        result = result_from(plan, trials, folder.runs, folder.versions, folder.git_commit, command)
         if not folder.finished:
             folder.write("result.json", result.to_json())
         elif folder.differs(result.to_json()):
@@ -175,34 +204,105 @@ def run_study(
         return result
 
 
-def _arms(plan: Plan) -> list[Search]:
-    return [Search(arm, plan.space(arm), plan.trials) for arm in ("tuned", "one_equal_budget")]
-
-
-def _spent(plan: Plan, trials: dict[str, list[Trial]], folder: Folder) -> dict[str, Spent]:
+def _spent(plan: Plan, trials: Mapping[str, list[Trial]], runs: Mapping[Cell, Record]) -> dict[str, Spent]:
     """What each arm's search was given and took; runs that diverged at step n took n."""
     each, spent = plan.run_budget(), {}
     for name, arm in trials.items():
-        runs = [folder.runs[Cell(trial.gamma, trial.lr, seed)] for trial in arm for seed in plan.tuning_seeds]
-        taken = sum(min(run.diverged_at or each.steps, each.steps) for run in runs)
+        of_arm = [runs[Cell(trial.gamma, trial.lr, seed)] for trial in arm for seed in plan.tuning_seeds]
+        taken = sum(min(run.diverged_at or each.steps, each.steps) for run in of_arm)
         spent[name] = Spent(
-            runs=len(runs),
-            samples=None if each.samples is None else len(runs) * each.samples,
-            flops=None if each.flops is None else len(runs) * each.flops,
-            used=taken / (len(runs) * each.steps),
+            runs=len(of_arm),
+            samples=None if each.samples is None else len(of_arm) * each.samples,
+            flops=None if each.flops is None else len(of_arm) * each.flops,
+            used=taken / (len(of_arm) * each.steps),
         )
     return spent
 
 
-def _other_versions(out: Path, began_under: dict[str, str]) -> str:
+def study_name(plan: Plan, study_id: str) -> str:
+    """What the study of a folder is called in a storage, unless it was given a name."""
+    return f"{plan.folder}-{plan.digest}-{study_id}"
+
+
+def _open(storage: str, remote: Remote | None) -> Any:
+    if remote is None:
+        return open_storage(storage, own=False)
+    from gammaopt.tuning._server import open_server
+
+    return open_server(storage, grace=remote.grace, create=True, say=remote.say)
+
+
+@contextmanager
+def _disposed(storage: Any) -> Iterator[None]:
+    """Connections closed at the end: a server has room for so many."""
+    try:
+        yield
+    finally:
+        if storage is not None:
+            storage.engine.dispose()
+
+
+def _workers(
+    plan: StudyPlan, jobs: int, storage: str | None, remote: Remote | None, folder: Folder
+) -> Workers | RemoteWorkers:
+    if remote is None or storage is None:
+        return Workers(plan, jobs)
+    from gammaopt.tuning._remote import RemoteWorkers
+
+    return RemoteWorkers(plan, storage, remote, began_under=folder.versions, study_id=folder.study_id)
+
+
+def arms(plan: Plan) -> list[Search]:
+    """The searches of a study."""
+    return [Search(arm, plan.space(arm), plan.trials) for arm in ("tuned", "one_equal_budget")]
+
+
+def choose(plan: Plan, trials: Mapping[str, list[Trial]]) -> dict[str, Trial]:
+    """Arm → its best trial; the arm ``one`` are the first trials of ``one_equal_budget``."""
+    return {name: best_trial(of_arm) for name, of_arm in _with_one(plan, trials).items()}
+
+
+def _with_one(plan: Plan, trials: Mapping[str, list[Trial]]) -> dict[str, list[Trial]]:
+    return {**trials, "one": [_renamed(trial, "one") for trial in trials["one_equal_budget"][: plan.rates]]}
+
+
+def confirmation_cells(plan: Plan, chosen: Mapping[str, Trial]) -> list[Cell]:
+    """What runs on the fresh seeds. Seed by seed: the arms of a seed share its batches."""
+    places = places_to_confirm(chosen)
+    cells = [Cell(*place, seed) for seed in plan.fresh_seeds for place in places.values()]
+    return list(dict.fromkeys(cells))
+
+
+def result_from(
+    plan: Plan,
+    trials: Mapping[str, list[Trial]],
+    runs: Mapping[Cell, Record],
+    began_under: dict[str, str],
+    git_commit: str | None,
+    command: str,
+) -> TuneResult:
+    """The result of finished searches and of the chosen cells' runs on the fresh seeds."""
+    chosen = choose(plan, trials)
+    of_place = {
+        name: tuple(runs[Cell(*place, seed)] for seed in plan.fresh_seeds)
+        for name, place in places_to_confirm(chosen).items()
+    }
+    spent = _spent(plan, _with_one(plan, trials), runs)
+    return _result(plan, _with_one(plan, trials), chosen, of_place, spent, began_under, git_commit, command)
+
+
+def check_versions(study: str, began_under: Mapping[str, str]) -> None:
+    """Raise :class:`UsageError` unless the versions here are those that the study began under."""
     now = versions()
     changed = [
         f"{name} {began_under.get(name)} there, {now[name]} here" for name in now if began_under.get(name) != now[name]
     ]
-    return (
-        f"{out} holds a study begun under other versions ({changed[0]}), and its numbers would mix; "
-        "install those, or choose another folder with --out"
-    )
+    if changed or set(began_under) != set(now):
+        what = changed[0] if changed else "other packages"
+        raise UsageError(
+            f"{study} holds a study begun under other versions ({what}), and its numbers would mix; "
+            "install those, or choose another folder with --out"
+        )
 
 
 def _renamed(trial: Trial, arm: str) -> Trial:
@@ -214,7 +314,7 @@ def best_trial(trials: list[Trial]) -> Trial:
     return max([trial for trial in trials if not trial.diverged] or trials, key=_score)
 
 
-def places_to_confirm(chosen: dict[str, Trial]) -> dict[str, tuple[float, float]]:
+def places_to_confirm(chosen: Mapping[str, Trial]) -> dict[str, tuple[float, float]]:
     """Name → (γ, lr) of what runs on the fresh seeds: the chosen cells, and γ = 1 beside the rate it chose."""
     base = chosen["one_equal_budget"].lr
     rivals = {f"rival {octave:+g}": (1.0, base * 2.0**octave) for octave in RIVAL_OCTAVES}
@@ -227,7 +327,8 @@ def _result(
     chosen: dict[str, Trial],
     runs: dict[str, tuple[Record, ...]],
     spent: dict[str, Spent],
-    folder: Folder,
+    began_under: dict[str, str],
+    git_commit: str | None,
     command: str,
 ) -> TuneResult:
     metric = plan.metric
@@ -267,11 +368,11 @@ def _result(
         rivals=tuple(Rival(run[0].lr, compare(metric, name)) for name, run in runs.items() if name not in chosen),
         spent=spent,
         notes=tuple(_notes(plan, chosen)),
-        versions=folder.versions,
+        versions=began_under,
         command=command,
         trials=tuple(trial for name in ("tuned", "one_equal_budget") for trial in trials[name]),
         runs={name: runs[name] for name in chosen},
-        git_commit=folder.git_commit,
+        git_commit=git_commit,
     )
 
 

@@ -1,0 +1,262 @@
+"""The queue of cells: an Optuna study with one trial for each planned (γ, lr, seed), which workers take and finish.
+
+A cell is named by its hash. At any time one trial of it is *live* (waiting, running or complete); a trial whose worker
+gave no sign of life for the grace period fails, and another of the same cell takes its place. Should there be two live
+ones, after a connection that broke at the wrong moment, the first counts and the other is dropped. So each planned
+cell is finished once, by one worker, and none is forgotten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from gammaopt._errors import UsageError
+from gammaopt.online.record import RunRecord
+from gammaopt.tuning._folder import Cell
+from gammaopt.tuning._plan import StudyPlan
+from gammaopt.tuning._search import experiments_allowed
+from gammaopt.tuning._space import GAMMA, RATE
+
+PART = "cells"  # the queue of study NAME is Optuna's study NAME/cells, beside NAME/tuned and NAME/one_equal_budget
+RECORD = "gammaopt:record"
+LIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
+LOST_LIMIT = 10  # workers that a cell may lose before it is blamed for it
+
+
+class TakenError(Exception):
+    """The trial isn't this worker's any more: it was silent for too long, and the cell was given to another."""
+
+
+def heartbeat_of(grace: int) -> int:
+    """Seconds between two signs of life, if ``grace`` seconds without one mean that the worker is lost."""
+    return max(1, grace // 4)
+
+
+def cell_hash(plan: StudyPlan, cell: Cell) -> str:
+    """Sixteen hex digits that name a run: what is trained, how, and for how long; not the study around it."""
+    recipe = [plan.task, plan.loss, plan.optimizer, plan.steps, plan.law_version, str(plan.recipe().dtype), plan.device]
+    what = json.dumps([*recipe, cell.gamma.hex(), cell.lr.hex(), cell.seed])
+    return hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A cell that a worker has taken.
+
+    Attributes:
+        trial_id: Optuna's id of the trial.
+        cell: what to run.
+        hash: names the cell, and its checkpoint.
+        lost: how many workers were lost over it before.
+    """
+
+    trial_id: int
+    cell: Cell
+    hash: str
+    lost: int
+
+
+class Queue:
+    """The queue of a study, on a storage. See :func:`make_queue` and :func:`find_queue`."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        self.study = study
+        self.storage: BaseStorage = study._storage
+        self.attrs: dict[str, Any] = study.user_attrs
+
+    @property
+    def name(self) -> str:
+        """What a user calls the study."""
+        return self.study.study_name.removesuffix(f"/{PART}")
+
+    @property
+    def plan(self) -> StudyPlan:
+        """The plan whose cells are queued."""
+        values = dict(self.attrs["plan"])
+        return StudyPlan(**{**values, "gamma_range": tuple(values["gamma_range"])})
+
+    @property
+    def heartbeat(self) -> int:
+        """Seconds between two signs of life of a worker."""
+        return heartbeat_of(int(self.attrs["grace"]))
+
+    @property
+    def closed(self) -> bool:
+        """Whether the study has its result, so that workers can go."""
+        return bool(self.study.user_attrs.get("closed", False))
+
+    def set_closed(self, closed: bool) -> None:
+        """Tell the workers whether more cells may come."""
+        self.study.set_user_attr("closed", closed)
+
+    def enqueue(self, cells: Iterable[Cell]) -> None:
+        """Add those of the cells that no live trial holds."""
+        plan = self.plan
+        live = {trial.user_attrs["cell"] for trial in self._trials() if trial.state in LIVE}
+        for cell in cells:
+            if (name := cell_hash(plan, cell)) not in live:
+                self.study.add_trial(_waiting(plan, cell, name))
+
+    def claim(self, worker: str) -> Claim | None:
+        """Take the first waiting cell, or ``None`` if there is none."""
+        for trial in self._trials(TrialState.WAITING):
+            # A sign of life first: a worker killed just after the claim must leave a trial that can go stale.
+            self._beat(trial._trial_id)
+            try:
+                if not self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+                    continue
+                same = [t for t in self._trials() if t.user_attrs["cell"] == trial.user_attrs["cell"]]
+                if any(t.number < trial.number and t.state in LIVE for t in same):
+                    self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+                    continue
+                self.storage.set_trial_user_attr(trial._trial_id, "worker", worker)
+            except UpdateFinishedTrialError:
+                continue
+            attrs = trial.user_attrs
+            cell = Cell(attrs["gamma"], attrs["lr"], attrs["seed"])
+            return Claim(trial._trial_id, cell, attrs["cell"], sum(t.state == TrialState.FAIL for t in same))
+        return None
+
+    def _beat(self, trial_id: int) -> None:
+        self.storage.record_heartbeat(trial_id)  # type: ignore[attr-defined]
+
+    def holds(self, claim: Claim) -> bool:
+        """Give a sign of life for a trial in work, and tell whether it is still the worker's."""
+        if self.storage.get_trial(claim.trial_id).state != TrialState.RUNNING:
+            return False
+        self._beat(claim.trial_id)
+        return True
+
+    def finish(self, claim: Claim, record: RunRecord) -> None:
+        """Hand in the record of a claimed cell.
+
+        Raises:
+            TakenError: if the trial was taken meanwhile; the record is dropped then.
+        """
+        attrs = {"effective_lr": record.effective_lr, "diverged": record.diverged_at is not None}
+        try:
+            self.storage.set_trial_system_attr(claim.trial_id, RECORD, record.to_json())
+            for key, value in attrs.items():
+                self.storage.set_trial_user_attr(claim.trial_id, key, value)
+            self.storage.set_trial_state_values(
+                claim.trial_id, TrialState.COMPLETE, [getattr(record, self.plan.metric)]
+            )
+        except UpdateFinishedTrialError:
+            raise TakenError from None
+
+    def hand_back(self, claim: Claim) -> None:
+        """Put a claimed cell back, for any worker to go on with from its checkpoint."""
+        try:
+            self.storage.set_trial_state_values(claim.trial_id, TrialState.WAITING)
+        except UpdateFinishedTrialError:
+            raise TakenError from None
+
+    def reap(self) -> None:
+        """Fail the trials whose worker gave no sign of life for the grace period, and queue their cells again.
+
+        Raises:
+            UsageError: if a cell lost one worker after the other.
+        """
+        with experiments_allowed():
+            optuna.storages.fail_stale_trials(self.study)
+        failed = self._trials(TrialState.FAIL)
+        for name, lost in Counter(trial.user_attrs["cell"] for trial in failed).items():
+            if lost >= LOST_LIMIT:
+                cell = next(trial.user_attrs for trial in failed if trial.user_attrs["cell"] == name)
+                raise UsageError(
+                    f"the cell γ={cell['gamma']:.3g}, lr={cell['lr']:.3g}, seed={cell['seed']} lost {lost} workers; "
+                    "see what they say (memory?), and run the same command to go on"
+                )
+
+    def records(self, wanted: Container[str] | None = None) -> list[tuple[str, RunRecord]]:
+        """The records handed in, with the hashes of their cells; of all cells, or of those wanted."""
+        done = [(str(trial.user_attrs["cell"]), trial) for trial in self._trials(TrialState.COMPLETE)]
+        return [
+            (name, RunRecord.from_dict(json.loads(trial.system_attrs[RECORD])))
+            for name, trial in done
+            if wanted is None or name in wanted
+        ]
+
+    def counts(self) -> Counter[str]:
+        """State → how many trials: WAITING, RUNNING, COMPLETE, and FAIL for those whose worker was lost."""
+        return Counter(trial.state.name for trial in self._trials())
+
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=states or None)
+
+
+def _waiting(plan: StudyPlan, cell: Cell, name: str) -> FrozenTrial:
+    """A trial for a cell, in the law's coordinates."""
+    # As wide as any cell of the plan: γ = 1 belongs to it, whatever range is searched.
+    point = {GAMMA: math.log2(cell.gamma), RATE: math.log2(cell.lr / plan.base_lr)}
+    low, high = (math.log2(gamma) for gamma in plan.gamma_range)
+    ends = {GAMMA: (min(low, 0.0), max(high, 0.0)), RATE: (-plan.octaves, plan.octaves)}
+    return optuna.create_trial(
+        state=TrialState.WAITING,
+        params=point,
+        distributions={
+            key: optuna.distributions.FloatDistribution(min(low, point[key]), max(high, point[key]))
+            for key, (low, high) in ends.items()
+        },
+        user_attrs={"gamma": cell.gamma, "lr": cell.lr, "seed": cell.seed, "cell": name},
+    )
+
+
+def make_queue(
+    storage: BaseStorage, name: str, plan: StudyPlan, *, began_under: dict[str, str], study_id: str, grace: int
+) -> Queue:
+    """The queue of study ``name``, made if it is missing.
+
+    Args:
+        storage: where it lies.
+        name: of the study.
+        plan: whose cells will be queued.
+        began_under: the versions that workers must have.
+        study_id: of the study's folder.
+        grace: seconds without a sign of life after which a worker is taken for lost.
+
+    Raises:
+        UsageError: if the storage has another study of that name.
+    """
+    study = optuna.create_study(storage=storage, study_name=f"{name}/{PART}", direction="maximize", load_if_exists=True)
+    attrs = {"plan": plan.to_dict(), "versions": began_under, "id": study_id}
+    found = study.user_attrs
+    if not found:
+        with experiments_allowed():
+            study.set_metric_names([plan.metric])
+    for key, value in attrs.items():
+        if found.get(key, value) != value:
+            raise UsageError(
+                f"the storage has another study called {name!r}; give another --study, or --out with that one's folder"
+            )
+        if key not in found:
+            study.set_user_attr(key, value)
+    study.set_user_attr("grace", grace)
+    return Queue(study)
+
+
+def find_queue(storage: BaseStorage, name: str) -> Queue:
+    """The queue of study ``name``.
+
+    Raises:
+        UsageError: if there is none; the message lists those there are.
+    """
+    names = [study.study_name for study in storage.get_all_studies()]
+    if f"{name}/{PART}" not in names:
+        there = [other.removesuffix(f"/{PART}") for other in names if other.endswith(f"/{PART}")]
+        raise UsageError(
+            f"the storage has no study {name!r} with a queue of cells; "
+            + (f"there are: {', '.join(there)}" if there else "start `gammaopt tune … --study NAME` first")
+        )
+    return Queue(optuna.load_study(study_name=f"{name}/{PART}", storage=storage))

@@ -1,0 +1,88 @@
+"""The coordinator's side of a distributed study: hand cells to whoever takes them, and collect their records.
+
+It has the same face as :class:`gammaopt.tuning._workers.Workers`, so a study with workers on other machines is the
+study of one process: the same plan, searches, cells and verdict.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+
+from gammaopt.online.record import RunRecord
+from gammaopt.tuning._folder import Cell
+from gammaopt.tuning._plan import StudyPlan
+from gammaopt.tuning._queue import Queue, cell_hash, heartbeat_of, make_queue
+from gammaopt.tuning._server import PatientStorage, open_server
+from gammaopt.tuning._tune import Remote
+
+QUIET_SECONDS = 20.0  # without any worker, before a word about it
+
+
+class RemoteWorkers:
+    """Trains cells by putting them into the queue. A context manager; the queue is closed when the study is done."""
+
+    def __init__(
+        self, plan: StudyPlan, url: str, remote: Remote, *, began_under: dict[str, str], study_id: str
+    ) -> None:
+        self._plan, self._remote = plan, remote
+        heartbeat = heartbeat_of(remote.grace)
+        self._poll = min(1.0, heartbeat / 4)
+        self._reap_every = float(heartbeat)
+        # Of its own: Optuna's ask, which the searches use, doesn't go with heartbeats.
+        self._storage: PatientStorage = open_server(
+            url, heartbeat=heartbeat, grace=remote.grace, create=True, say=remote.say
+        )
+        try:
+            self._queue: Queue = make_queue(
+                self._storage, remote.study, plan, began_under=began_under, study_id=study_id, grace=remote.grace
+            )
+        except BaseException:
+            self._storage.engine.dispose()
+            raise
+
+    def __enter__(self) -> RemoteWorkers:
+        return self
+
+    def run(self, cells: Iterable[Cell]) -> Iterator[RunRecord]:
+        """Have the cells trained and yield their records as they come in."""
+        waiting = {cell_hash(self._plan, cell): cell for cell in cells}
+        if not waiting:
+            return
+        self._queue.set_closed(False)
+        self._queue.enqueue(waiting.values())
+        reaped = busy = time.monotonic()
+        while waiting:
+            for name, record in self._queue.records(waiting):
+                del waiting[name]
+                yield record
+            if not waiting:
+                return
+            now = time.monotonic()
+            if now - reaped > self._reap_every:
+                reaped = now
+                self._reap(waiting)
+            if self._queue.counts()["RUNNING"]:
+                busy = now
+            elif now - busy > QUIET_SECONDS:
+                busy = now
+                self._remote.say(
+                    f"{len(waiting)} cells wait and no worker is at work; "
+                    f"start some: gammaopt worker --storage URL --study {self._remote.study}"
+                )
+            time.sleep(self._poll)
+
+    def _reap(self, waiting: dict[str, Cell]) -> None:
+        # After an outage the workers get the time to show that they live.
+        if time.monotonic() - self._storage.away_until > self._remote.grace:
+            self._queue.reap()
+            # A coordinator killed between failing a trial and queueing its cell again has left that cell nowhere.
+            self._queue.enqueue(waiting.values())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._queue.set_closed(True)
+        self._storage.engine.dispose()

@@ -1,0 +1,206 @@
+"""A database server that many processes share, and that may be away for a while.
+
+Each call of Optuna's storage is one transaction. One that was cut off, because the server was restarted or the network
+failed, is made again after growing pauses, up to ``patience`` seconds. What a call made twice could do is harmless:
+attributes are set to the same value, a claim whose answer was lost goes stale and is retried, and of two trials of one
+cell the first counts (:mod:`gammaopt.tuning._queue`).
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import sqlalchemy.exc
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from sqlalchemy.engine import make_url
+
+from gammaopt._errors import MissingExtraError, UsageError
+from gammaopt.tuning._search import experiments_allowed, without_secrets
+
+PATIENCE = 600.0  # seconds that a process waits for the server
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
+CONNECT_SECONDS = 10
+IDLE_SECONDS = 30  # inside a transaction, at least
+
+_CALLS = (  # what Optuna asks of the storage, and the cache in front of it
+    "create_new_study", "delete_study", "set_study_user_attr", "set_study_system_attr", "get_study_id_from_name",
+    "get_study_name_from_id", "get_study_directions", "get_study_user_attrs", "get_study_system_attrs",
+    "get_all_studies", "_create_new_trial", "_set_trial_param", "get_trial_param", "set_trial_state_values",
+    "set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr", "get_trial", "_get_trials",
+    "get_trial_id_from_study_id_trial_number", "_get_best_trial_id", "record_heartbeat", "_get_stale_trial_ids",
+)  # fmt: skip
+
+
+class StoppedWaitingError(Exception):
+    """The process was told to stop while it waited for the server."""
+
+
+class Stopping:
+    """Whether this process was told to stop. No threading.Event: one that is set in a signal handler can deadlock."""
+
+    def __init__(self) -> None:
+        self.told = False
+
+    def tell(self, *_: object) -> None:
+        """Ask for the stop; fit to be a signal handler."""
+        self.told = True
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep, but not beyond the order to stop; returns whether there is one."""
+        end = time.monotonic() + seconds
+        while not self.told and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 0.05))
+        return self.told
+
+
+class PatientStorage(RDBStorage):
+    """Optuna's storage on a server, which waits for the server when that is away.
+
+    Args:
+        url: of the database.
+        heartbeat, grace: seconds between two signs of life of a trial, and those without one after which it is
+            stale; ``heartbeat`` is 0 for a process that reaps no stale trials.
+        create: make Optuna's tables if they are missing.
+        patience: seconds to wait for a server that is away.
+        stopping: ends the waiting with :class:`StoppedWaitingError`.
+        say: told in one line when the server is away, and when it is back.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        heartbeat: int = 0,
+        grace: int,
+        create: bool,
+        patience: float = PATIENCE,
+        stopping: Stopping | None = None,
+        say: Callable[[str], object] = lambda _: None,
+    ) -> None:
+        self._patience, self._stopping, self._say = patience, stopping or Stopping(), say
+        self.away_until = -float("inf")  # time.monotonic() of the last call that had to wait
+        try:
+            with experiments_allowed():
+                super().__init__(
+                    url,
+                    engine_kwargs={"pool_pre_ping": True, "connect_args": _connect_args(url, grace)},
+                    heartbeat_interval=heartbeat or None,
+                    grace_period=grace,
+                    heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback() if heartbeat else None,
+                    skip_table_creation=not create,
+                )
+        except Exception:
+            if hasattr(self, "engine"):
+                self.engine.dispose()
+            raise
+
+    def wait_for_it(self, call: Callable[[], Any]) -> Any:
+        """What ``call`` returns, made again for as long as the server is away."""
+        began: float | None = None
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                answer = call()
+            except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
+                now = time.monotonic()
+                began = now if began is None else began
+                if not _is_away(error) or now - began > self._patience:
+                    raise
+                if pause == FIRST_PAUSE:
+                    self._say(f"the storage is away ({reason_of(error)}); waiting for it")
+                if self._stopping.wait(pause * random.uniform(0.5, 1.0)):
+                    raise StoppedWaitingError from None
+                pause = min(2 * pause, LONGEST_PAUSE)
+            else:
+                if began is not None:
+                    self.away_until = time.monotonic()
+                    self._say(f"the storage is back after {self.away_until - began:.1f} s")
+                return answer
+
+
+def _patient(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def patient(self: PatientStorage, *args: Any, **kwargs: Any) -> Any:
+        return self.wait_for_it(lambda: call(self, *args, **kwargs))
+
+    return patient
+
+
+for _name in _CALLS:
+    setattr(PatientStorage, _name, _patient(getattr(RDBStorage, _name)))
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether the server could not be reached, broke off, or asks for another try: all are OperationalErrors."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    return isinstance(cause, (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)) or bool(
+        getattr(cause, "connection_invalidated", False)
+    )
+
+
+def reason_of(error: Exception) -> str:
+    """The driver's own words, one line."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    words = str(getattr(cause, "orig", None) or cause).strip().splitlines()
+    return words[0].rstrip(".") if words else type(cause).__name__
+
+
+def _connect_args(url: str, grace: int) -> dict[str, Any]:
+    """Settings of a connection to PostgreSQL, so that no process that hangs or vanishes holds up the others."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "postgresql":
+        return {}
+    settings: dict[str, Any] = {
+        "connect_timeout": CONNECT_SECONDS,
+        "keepalives_idle": 30,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
+        # A process stopped inside a transaction would keep its row locked. And heartbeats are naive times.
+        "options": f"-c idle_in_transaction_session_timeout={1000 * max(IDLE_SECONDS, grace)} -c TimeZone=UTC",
+    }
+    return {name: value for name, value in settings.items() if name not in parsed.query}
+
+
+def open_server(url: str, **settings: Any) -> PatientStorage:
+    """A :class:`PatientStorage`, for a database that can serve several processes.
+
+    Raises:
+        UsageError: for SQLite, which can't, or a server that can't be reached now.
+    """
+    try:
+        backend = make_url(url).get_backend_name()
+    except (sqlalchemy.exc.ArgumentError, ValueError) as error:
+        raise _cannot_open(url, error) from None
+    if backend == "sqlite":
+        raise UsageError(
+            f"the storage {without_secrets(url)} serves one process only: several would run cells twice; "
+            "give a PostgreSQL one, postgresql+psycopg://…"
+        )
+    try:
+        try:
+            return PatientStorage(url, **settings)
+        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError):
+            if not settings["create"]:
+                raise
+            # Another process was making the tables at the same moment; PostgreSQL lets only one.
+            time.sleep(1.0)
+            return PatientStorage(url, **settings)
+    except ImportError:
+        raise MissingExtraError(
+            f"no driver for {without_secrets(url)} is installed; for PostgreSQL run: pip install 'gammaopt[postgres]', "
+            "and write the URL as postgresql+psycopg://…"
+        ) from None
+    except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, RuntimeError) as error:
+        raise _cannot_open(url, error) from None
+
+
+def _cannot_open(url: str, error: Exception) -> UsageError:
+    return UsageError(
+        f"the storage {without_secrets(url)} can't be opened ({reason_of(error)}); "
+        "start its server, or give another --storage"
+    )

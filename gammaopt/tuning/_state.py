@@ -1,0 +1,238 @@
+"""A study as it stands, read without changing it: from its folder, or from a storage and its name there.
+
+What was finished are runs. The searches are made again from them, in memory: which points come next follows from the
+finished trials, so they come out as they were, up to the first run that is missing.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gammaopt._errors import UsageError, require
+from gammaopt.online._run_file import read_runs
+from gammaopt.online.record import RunRecord
+from gammaopt.tuning._folder import Cell, opened
+from gammaopt.tuning._plan import StudyPlan
+from gammaopt.tuning._result import Trial, TuneResult
+from gammaopt.tuning._search import search
+from gammaopt.tuning._tune import Remote, arms, check_versions, choose, confirmation_cells, result_from
+from gammaopt.tuning._workers import Workers
+
+
+@dataclass(frozen=True)
+class StudyState:
+    """What a study has by now.
+
+    Attributes:
+        where: the folder, or the name in the storage.
+        plan: what it runs.
+        versions: those it began under.
+        study_id: what tells it from others of the same plan.
+        trials: arm → its complete trials, in order.
+        runs: cell → its record.
+        queue: state → trials of the queue, of a study with workers.
+        git_commit: of the code that it began under, where it is known.
+    """
+
+    where: str
+    plan: StudyPlan
+    versions: dict[str, str]
+    study_id: str
+    trials: dict[str, list[Trial]]
+    runs: Mapping[Cell, RunRecord]
+    queue: Counter[str] | None = None
+    git_commit: str | None = None
+
+    @property
+    def searched(self) -> bool:
+        """Whether both arms have all their trials."""
+        return all(len(trials) == self.plan.trials for trials in self.trials.values())
+
+    def cells_to_confirm(self, seeds: int | None = None) -> list[Cell]:
+        """The chosen cell of each arm on each fresh seed; ``seeds`` of them, or as many as the plan says.
+
+        Raises:
+            UsageError: if the searches are not at their end.
+        """
+        if not self.searched:
+            done = ", ".join(f"{name} {len(trials)}/{self.plan.trials}" for name, trials in self.trials.items())
+            raise UsageError(f"{self.where} is still searching ({done} trials); let `gammaopt tune` finish it first")
+        return confirmation_cells(self._with(seeds), choose(self.plan, self.trials))
+
+    def _with(self, seeds: int | None) -> StudyPlan:
+        return self.plan if seeds is None else replace(self.plan, confirm_seeds=seeds)
+
+    def result(self, seeds: int | None = None) -> TuneResult:
+        """The result on that many fresh seeds.
+
+        Raises:
+            UsageError: if runs are missing; the message says how many.
+        """
+        cells = self.cells_to_confirm(seeds)
+        missing = sum(cell not in self.runs for cell in cells)
+        if missing:
+            raise UsageError(
+                f"{missing} of {len(cells)} runs on fresh seeds are missing in {self.where}; "
+                "run `gammaopt confirm`, or let `gammaopt tune` finish it"
+            )
+        return result_from(
+            self._with(seeds), self.trials, self.runs, self.versions, self.git_commit, self.plan.command()
+        )
+
+
+def read_folder(path: Path) -> StudyState:
+    """The study of a folder, whether or not a process works there.
+
+    Raises:
+        UsageError: if it holds none, or a damaged file.
+    """
+    file = path / "study.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        plan, began_under, study_id = plan_from(content["plan"]), dict(content["versions"]), str(content["id"])
+    except FileNotFoundError:
+        raise UsageError(f"{path} holds no study; give the folder that `gammaopt tune` wrote") from None
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{file} is not a readable study ({type(error).__name__}: {error}); restore it") from None
+    records, _ = read_runs(path / "runs.jsonl", RunRecord.from_dict)
+    return replace(_state(str(path), plan, began_under, study_id, records), git_commit=content.get("git_commit"))
+
+
+def read_storage(url: str, name: str) -> StudyState:
+    """The study of that name in a storage which its workers share.
+
+    Raises:
+        UsageError: if the storage can't be opened, or has no such study with a queue.
+    """
+    from gammaopt.tuning._queue import find_queue
+    from gammaopt.tuning._server import open_server
+
+    storage = open_server(url, grace=60, create=False, patience=0.0)
+    try:
+        queue = find_queue(storage, name)
+        records = [record for _, record in queue.records()]
+        state = _state(name, queue.plan, queue.attrs["versions"], queue.attrs["id"], records)
+        return replace(state, queue=queue.counts())
+    finally:
+        storage.engine.dispose()
+
+
+def plan_from(values: Mapping[str, Any]) -> StudyPlan:
+    """The plan that :meth:`StudyPlan.to_dict` gave."""
+    return StudyPlan(**{**values, "gamma_range": tuple(values["gamma_range"])})
+
+
+def _state(
+    where: str, plan: StudyPlan, began_under: dict[str, str], study_id: str, records: list[RunRecord]
+) -> StudyState:
+    runs = {Cell(record.gamma, record.lr, record.seed): record for record in records}
+    return StudyState(where, plan, began_under, study_id, search_again(plan, runs), runs)
+
+
+class _NotYetError(Exception):
+    """A run of the search is missing."""
+
+
+def search_again(plan: StudyPlan, runs: Mapping[Cell, RunRecord]) -> dict[str, list[Trial]]:
+    """Arm → the trials that the finished runs give."""
+    optuna = require("optuna", "tune")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    def evaluate(cells: list[Cell]) -> dict[Cell, RunRecord]:
+        if any(cell not in runs for cell in cells):
+            raise _NotYetError
+        return {cell: runs[cell] for cell in cells}
+
+    storage, found = optuna.storages.InMemoryStorage(), {}
+    for arm in arms(plan):
+        found[arm.arm] = told = list[Trial]()
+        try:
+            search(plan, "again", arm, storage, evaluate, told.append)
+        except _NotYetError:
+            continue
+    return found
+
+
+def summary(state: StudyState) -> dict[str, Any]:
+    """How far a study is, as JSON values; the verdict in words once all its runs are there."""
+    arms_now = {}
+    for name, trials in state.trials.items():
+        good = [trial for trial in trials if not trial.diverged]
+        best = max(good, key=lambda trial: trial.score, default=None)
+        arms_now[name] = {
+            "trials": len(trials),
+            "diverged": len(trials) - len(good),
+            "best": None if best is None else {"gamma": best.gamma, "lr": best.lr, "score": best.score},
+        }
+    cells = state.cells_to_confirm() if state.searched else None
+    done = sum(cell in state.runs for cell in cells or ())
+    return {
+        "study": state.where,
+        "plan": state.plan.to_dict(),
+        "arms": arms_now,
+        "confirm": {"runs": done, "runs_total": None if cells is None else len(cells)},
+        "queue": None if state.queue is None else dict(state.queue),
+        "in_words": state.result().in_words() if cells is not None and done == len(cells) else None,
+    }
+
+
+def confirm_in_folder(path: Path, state: StudyState, seeds: int | None, jobs: int) -> TuneResult:
+    """The result on ``seeds`` fresh seeds; the missing runs are trained here, and kept in the folder.
+
+    Raises:
+        UsageError: if the searches are not at their end, the study began under other versions, or the folder is in use.
+    """
+    cells = state.cells_to_confirm(seeds)
+    if all(cell in state.runs for cell in cells):
+        return state.result(seeds)
+    check_versions(state.where, state.versions)
+    with opened(path, state.plan) as folder, Workers(state.plan, jobs) as workers:
+        for record in workers.run([cell for cell in cells if cell not in folder.runs]):
+            folder.add(record)
+    return read_folder(path).result(seeds)
+
+
+def confirm_with_workers(
+    url: str, state: StudyState, seeds: int | None, say: Callable[[str], object] = lambda _: None
+) -> TuneResult:
+    """The result on ``seeds`` fresh seeds; the missing runs are trained by the study's workers.
+
+    Raises:
+        UsageError: if the searches are not at their end, or the storage can't be opened.
+    """
+    cells = state.cells_to_confirm(seeds)
+    if all(cell in state.runs for cell in cells):
+        return state.result(seeds)
+    from gammaopt.tuning._remote import RemoteWorkers
+
+    remote = Remote(state.where, say=say)
+    with RemoteWorkers(state.plan, url, remote, began_under=state.versions, study_id=state.study_id) as workers:
+        for _ in workers.run([cell for cell in cells if cell not in state.runs]):
+            pass
+    return read_storage(url, state.where).result(seeds)
+
+
+def table(state: StudyState, what: str, form: str) -> str:
+    """The runs or the trials as text: ``"csv"``, or ``"jsonl"`` with everything that was recorded."""
+    rows: list[dict[str, Any]]
+    if what == "trials":
+        rows = [dataclasses.asdict(trial) for trials in state.trials.values() for trial in trials]
+        fields = [field.name for field in dataclasses.fields(Trial)]
+    else:
+        rows = [dataclasses.asdict(record) for record in state.runs.values()]
+        fields = [field.name for field in dataclasses.fields(RunRecord) if field.name != "curve"]
+    if form == "jsonl":
+        return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,256 @@
+"""A worker: takes cells from a study's queue, trains them from their checkpoints, and hands in the records.
+
+Any number may run, anywhere, started by anything, and any may be killed at any time:
+
+kill -9           its trial goes stale, and another worker goes on from the checkpoint that it wrote last
+SIGTERM, SIGUSR1  it writes a checkpoint, hands its cell back, and ends well
+stopped too long  its trial was given to another; it notices, drops what it has, and takes another cell
+server restarted  it trains on, and waits for the server with what it has to say
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import sqlalchemy.exc
+import torch
+from optuna.exceptions import StorageInternalError
+
+from gammaopt._errors import UsageError
+from gammaopt.online._checkpoint import DamagedCheckpointError
+from gammaopt.online.ensemble import CHECKPOINT_SECONDS, Progress, StopTraining, train_many
+from gammaopt.online.record import RunRecord
+from gammaopt.online.train import Run
+from gammaopt.tuning._folder import versions
+from gammaopt.tuning._queue import Claim, Queue, TakenError, find_queue
+from gammaopt.tuning._search import without_secrets
+from gammaopt.tuning._server import PATIENCE, PatientStorage, StoppedWaitingError, Stopping, open_server, reason_of
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+CONNECTION_GRACE = 60  # of a worker's own connections: it reaps nobody
+
+
+def work(
+    storage: str,
+    study: str,
+    *,
+    checkpoints: str | Path,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    idle_seconds: float | None = None,
+    patience: float = PATIENCE,
+    signals: tuple[signal.Signals, ...] = SIGNALS,
+    say: Callable[[str], object] = lambda _: None,
+) -> int:
+    """Train cells of a study until it is done, or until a signal asks for the end.
+
+    Args:
+        storage: URL of the database; PostgreSQL.
+        study: its name there, which the coordinator was given.
+        checkpoints: folder for the state of the run in training, named by its cell. Shared between machines, it lets
+            any of them go on with the cell of any other.
+        checkpoint_seconds: how often that is written.
+        idle_seconds: how long to wait for more cells; until the study is done if ``None``.
+        patience: how many seconds to wait for a server that is away.
+        signals: what asks for the end. Only the main thread can be asked.
+        say: told in one line what happens.
+
+    Returns:
+        How many cells it finished.
+
+    Raises:
+        UsageError: for a storage that can't be opened or stays away, an unknown study, other package versions than
+            the study's, or a folder that can't be written. The cell in work is handed back first.
+    """
+    stopping = Stopping()
+    with _asked_by(signals, stopping), suppress(StoppedWaitingError):
+        try:
+            server = open_server(
+                storage, grace=CONNECTION_GRACE, create=False, patience=patience, stopping=stopping, say=say
+            )
+        except UsageError as error:
+            if "does not exist" in str(error):  # Optuna's tables
+                raise UsageError(f"{without_secrets(storage)} holds no study; start the coordinator first") from None
+            raise
+        try:
+            worker = _Worker(find_queue(server, study), server, Path(checkpoints), checkpoint_seconds, stopping, say)
+            try:
+                return worker.loop(idle_seconds)
+            finally:
+                worker.heart.stop()
+        except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
+            raise UsageError(
+                f"the storage {without_secrets(storage)} was away for {patience:g} s ({reason_of(error)}); "
+                "start its server, and the worker again"
+            ) from None
+        finally:
+            server.engine.dispose()
+    return 0
+
+
+@contextmanager
+def _asked_by(signals: tuple[signal.Signals, ...], stopping: Stopping) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stopping.tell) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Heart:
+    """A thread that gives signs of life for the trial in work, and notices when that was taken."""
+
+    def __init__(self, queue: Queue, storage: PatientStorage) -> None:
+        self._queue, self._storage = queue, storage
+        self._claim: Claim | None = None
+        self._taken: Claim | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+
+    def watch(self, claim: Claim | None) -> None:
+        self._claim = claim
+
+    def lost(self, claim: Claim) -> bool:
+        return self._taken is claim
+
+    def _beat(self) -> None:
+        with suppress(sqlalchemy.exc.SQLAlchemyError, StorageInternalError, StoppedWaitingError):  # the loop meets them
+            while not self._ended.wait(self._queue.heartbeat):
+                claim = self._claim
+                if claim is not None and not self._queue.holds(claim):
+                    self._taken = claim
+        self._storage.remove_session()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join(timeout=5.0)
+
+
+class _Worker:
+    def __init__(
+        self,
+        queue: Queue,
+        storage: PatientStorage,
+        checkpoints: Path,
+        checkpoint_seconds: float,
+        stopping: Stopping,
+        say: Callable[[str], object],
+    ) -> None:
+        _check_versions(queue)
+        self._recipe = queue.plan.recipe()
+        self._queue, self._stopping, self._say = queue, stopping, say
+        self._checkpoints, self._seconds = checkpoints, checkpoint_seconds
+        try:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{checkpoints} can't be made ({error.strerror}); give another --checkpoints") from None
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
+        self.heart = _Heart(queue, storage)
+
+    def loop(self, idle_seconds: float | None) -> int:
+        done, idle_since = 0, time.monotonic()
+        self._say(f"{self._name} works on {self._queue.name}")
+        while not self._stopping.told:
+            claim = self._queue.claim(self._name)
+            if claim is not None:
+                done += self._train(claim)
+                idle_since = time.monotonic()
+            elif self._queue.closed:
+                self._say(f"the study is done; {done} cells finished here")
+                return done
+            elif idle_seconds is not None and time.monotonic() - idle_since > idle_seconds:
+                self._say(f"no cell for {idle_seconds:g} s; {done} cells finished here")
+                return done
+            else:
+                self._stopping.wait(min(1.0, self._queue.heartbeat / 4))
+        self._say(f"asked to stop; {done} cells finished here")
+        return done
+
+    def _train(self, claim: Claim) -> bool:
+        """Train a claimed cell to its end, and hand it in; false if it ended otherwise."""
+        path = self._checkpoints / f"{claim.hash}.pt"
+        self.heart.watch(claim)
+        try:
+            self._say(_of(claim) + (f", from its checkpoint ({claim.lost} lost)" if path.exists() else ""))
+            try:
+                self._run(claim, path)
+            except DamagedCheckpointError:
+                aside = path.with_suffix(".damaged")
+                path.replace(aside)
+                self._say(f"the checkpoint {path} can't be read; kept as {aside.name}, and the cell starts anew")
+                self._run(claim, path)
+        except TakenError:
+            self._say(f"{_of(claim)} was given to another worker after a silence; dropped here")
+            return False
+        except StopTraining:
+            self._hand_back(claim)
+            return False
+        except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError):
+            raise  # there is nobody to hand it back to
+        except BaseException:
+            self._hand_back(claim)
+            raise
+        finally:
+            self.heart.watch(None)
+        return True
+
+    def _run(self, claim: Claim, path: Path) -> None:
+        last = time.monotonic()
+
+        def look(_: Progress) -> None:
+            nonlocal last
+            silence, last = time.monotonic() - last, time.monotonic()
+            if self.heart.lost(claim) or (silence > self._queue.heartbeat and not self._queue.holds(claim)):
+                raise TakenError
+            if self._stopping.told:
+                raise StopTraining
+
+        def hand_in(_: Run, records: list[RunRecord]) -> None:
+            self._queue.finish(claim, records[0])  # ahead of the end of the checkpoint
+
+        run = Run(claim.cell.gamma, claim.cell.lr, claim.cell.seed)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            train_many(
+                self._recipe,
+                [run],
+                checkpoint=path,
+                checkpoint_seconds=self._seconds,
+                on_done=hand_in,
+                on_progress=look,
+            )
+        finally:
+            torch.set_num_threads(threads)
+
+    def _hand_back(self, claim: Claim) -> None:
+        # Where that fails it was taken, or the server is away: then the trial goes stale, which does the same.
+        with suppress(TakenError, StoppedWaitingError, sqlalchemy.exc.SQLAlchemyError, StorageInternalError):
+            self._queue.hand_back(claim)
+            self._say(f"{_of(claim)} handed back")
+
+
+def _check_versions(queue: Queue) -> None:
+    there, here = queue.attrs["versions"], versions()
+    for name in here:
+        if there.get(name) != here[name]:
+            raise UsageError(
+                f"the study began under {name} {there.get(name)}, and here is {here[name]}; "
+                "install the same, for their numbers would mix"
+            )
+
+
+def _of(claim: Claim) -> str:
+    cell = claim.cell
+    return f"cell {claim.hash}: γ = {cell.gamma:.3g}, lr = {cell.lr:.3g}, seed {cell.seed}"

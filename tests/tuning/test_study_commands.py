@@ -1,0 +1,210 @@
+"""``status``, ``report``, ``confirm`` and ``export`` on a study's folder, and what optuna-dashboard shows of it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from gammaopt.cli import main
+from gammaopt.tuning import StudyPlan, TuneResult, tune
+from gammaopt.tuning._state import read_folder
+
+PLAN = StudyPlan("digits", steps=20, trials=6, seeds=2, confirm_seeds=3)
+
+
+class Study(NamedTuple):
+    out: Path
+    result: TuneResult
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """A finished study. Not to be written to."""
+    out = tmp_path_factory.mktemp("studies") / "whole"
+    return Study(out, tune(PLAN, out))
+
+
+@pytest.fixture
+def copied(study: Study, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(study.out, tmp_path / "copy"))
+
+
+@pytest.fixture
+def half(copied: Path) -> Path:
+    """A study killed within the second arm."""
+    lines = (copied / "runs.jsonl").read_text().splitlines(keepends=True)
+    (copied / "runs.jsonl").write_text("".join(lines[:21]) + lines[21][:30])
+    (copied / "result.json").unlink()
+    return copied
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Runs the command line in this process."""
+
+    def run(*words: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["gammaopt", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert isinstance(stopped.value.code, int)
+        return Done(stopped.value.code, *capsys.readouterr())
+
+    return run
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_a_study_read_back_is_the_study_with_or_without_its_database(study: Study, copied: Path) -> None:
+    (copied / "study.db").unlink()
+    for path in (study.out, copied):
+        state = read_folder(path)
+        assert tuple(trial for trials in state.trials.values() for trial in trials) == study.result.trials
+        assert replace(state.result(), command=study.result.command) == study.result
+
+
+def test_status_of_a_finished_study_has_its_figures_and_its_verdict(study: Study, here: Callable[..., Done]) -> None:
+    before = content(study.out)
+    done = here("status", study.out)
+    assert done.returncode == 0
+    assert done.stdout.count("6/6 trials") == 2
+    assert study.result.in_words() in done.stdout
+    assert content(study.out) == before
+    figures = json.loads(here("status", study.out, "--json").stdout)
+    assert figures["confirm"]["runs"] == figures["confirm"]["runs_total"]
+    assert figures["arms"]["tuned"]["best"]["gamma"] == study.result.arms["tuned"].gamma
+    assert figures["in_words"] == study.result.in_words()
+
+
+def test_status_of_a_study_at_work_counts_what_is_finished_and_touches_nothing(
+    half: Path, here: Callable[..., Done]
+) -> None:
+    before = content(half)
+    done = here("status", half)
+    assert done.returncode == 0
+    assert "6/6 trials" in done.stdout
+    assert "4/6 trials" in done.stdout
+    assert "0 runs on fresh seeds" in done.stdout
+    assert max(map(len, done.stdout.splitlines()[1:])) <= 80
+    assert content(half) == before  # the half-written line belongs to the process that writes it
+
+
+def test_report_is_the_one_that_tune_wrote(study: Study, copied: Path, here: Callable[..., Done]) -> None:
+    (copied / "report.html").unlink()
+    done = here("report", copied)
+    assert (done.returncode, done.stdout.strip()) == (0, study.result.in_words())
+    mine, theirs = (path / "report.html" for path in (copied, study.out))
+    assert len(mine.read_text().splitlines()) == len(theirs.read_text().splitlines())
+    assert f"{study.result.arms['tuned'].gamma:.3g}" in mine.read_text()
+
+
+def test_confirm_on_more_seeds_trains_those_only_and_keeps_them(
+    study: Study, copied: Path, here: Callable[..., Done]
+) -> None:
+    runs = len(read_folder(copied).runs)
+    done = here("confirm", copied, "--seeds", 5, "--json")
+    assert done.returncode == 0
+    found = json.loads(done.stdout)
+    assert found["confirm"]["seeds"] == list(replace(PLAN, confirm_seeds=5).fresh_seeds)
+    assert found["confirm"]["differences"][:3] == list(study.result.confirm.differences)
+    chosen = {(arm.gamma, arm.lr) for arm in study.result.arms.values()}
+    assert len(read_folder(copied).runs) == runs + 2 * len(chosen)
+    assert (copied / "confirm-5.html").exists()
+    # The study itself is what it was.
+    assert replace(tune(PLAN, copied), command=study.result.command) == study.result
+
+
+def test_export_gives_every_run_and_every_trial(study: Study, here: Callable[..., Done], tmp_path: Path) -> None:
+    state = read_folder(study.out)
+    rows = list(csv.DictReader(io.StringIO(here("export", study.out).stdout)))
+    assert {(float(r["gamma"]), float(r["lr"]), int(r["seed"])) for r in rows} == {
+        (cell.gamma, cell.lr, cell.seed) for cell in state.runs
+    }
+    trials = list(csv.DictReader(io.StringIO(here("export", study.out, "--what", "trials").stdout)))
+    assert [float(row["score"]) for row in trials] == [trial.score for trial in study.result.trials]
+    assert here("export", study.out, "--format", "jsonl", "--out", tmp_path / "runs.jsonl").returncode == 0
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert sorted(lines) == sorted((study.out / "runs.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["status"], "which study? Give its folder, or --storage URL --study NAME"),
+        (["status", "nowhere"], "nowhere holds no study; give the folder that `gammaopt tune` wrote"),
+        (["status", "--storage", "sqlite:///x.db", "--study", "mine"], "serves one process only"),
+        (["export", "nowhere", "--what", "everything"], "unknown what 'everything'; choose one of: runs, trials"),
+        (["worker", "--storage", "sqlite:///x.db", "--study", "mine"], "give a PostgreSQL one, postgresql+psycopg://"),
+        (["worker", "--study", "mine"], "Missing option '--storage'"),
+        (["tune", "digits", "--study", "mine"], "study='mine' needs a storage that its workers share; give --storage"),
+        (["tune", "digits", "--study", "mine", "--jobs", "2"], "jobs=2 would train here"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    here: Callable[..., Done], words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = here(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_study_that_is_not_finished_says_what_it_lacks(half: Path, here: Callable[..., Done]) -> None:
+    for command in ("report", "confirm"):
+        done = here(command, half)
+        assert done.returncode == 2
+        assert "is still searching (tuned 6/6, one_equal_budget 4/6 trials)" in done.stderr
+
+
+def test_optuna_dashboard_shows_the_arms_in_the_laws_coordinates(study: Study) -> None:
+    dashboard = pytest.importorskip("optuna_dashboard", reason="pip install 'gammaopt[dashboard]'")
+    import optuna
+
+    storage = optuna.storages.RDBStorage(f"sqlite:///{study.out / 'study.db'}")
+    app = dashboard.wsgi(storage)
+
+    def get(path: str) -> Any:
+        answers: list[str] = []
+        environ = {
+            "REQUEST_METHOD": "GET", "PATH_INFO": path, "SERVER_NAME": "x", "SERVER_PORT": "80", "QUERY_STRING": "",
+            "wsgi.input": io.BytesIO(), "wsgi.errors": io.StringIO(), "wsgi.url_scheme": "http",
+        }  # fmt: skip
+        answer = app(environ, lambda status, *_: answers.append(status))
+        body = b"".join(answer)
+        getattr(answer, "close", lambda: None)()
+        assert answers[0].startswith("200"), (path, answers)
+        return body
+
+    assert b"<html" in get("/dashboard").lower()
+    summaries = json.loads(get("/api/studies"))["study_summaries"]
+    assert sorted(s["study_name"].rpartition("/")[2] for s in summaries) == ["one_equal_budget", "tuned"]
+    for summary in summaries:
+        assert summary["directions"] == ["maximize"]
+        detail = json.loads(get(f"/api/studies/{summary['study_id']}"))
+        assert detail["objective_names"] == ["prequential_accuracy"]
+        arm = summary["study_name"].rpartition("/")[2]
+        wanted = {"log2_c"} | ({"log2_gamma"} if arm == "tuned" else set())
+        assert len(detail["trials"]) == PLAN.trials
+        for trial in detail["trials"]:
+            assert {param["name"] for param in trial["params"]} == wanted
+            assert {"gamma", "lr", "effective_lr", "scores"} <= {attr["key"] for attr in trial["user_attrs"]}
+    storage.engine.dispose()

@@ -1,9 +1,9 @@
 """What a study found: a dataclass that is the same in a program, in result.json and in the report.
 
 The verdict asks more of ``tuned`` than its interval against the rate that γ = 1 chose. A search on a few seeds misses
-the best rate by a little, and paired seeds are sharp enough to see that little: without any effect of γ one study in
-six would be "confirmed" for its luck (``experiments/benchmarks/false_positives.py``). So γ = 1 is also run at the
-rates beside the one it chose, and tuned γ has to beat every one of them.
+the best rate by a little, and paired seeds are sharp enough to see that little: without any effect of γ a study could
+be "confirmed" for its luck (``experiments/benchmarks/false_positives.py`` counts how often). So γ = 1 is also run at
+the rates beside the one it chose, and tuned γ has to beat every one of them.
 """
 
 from __future__ import annotations

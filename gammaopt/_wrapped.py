@@ -213,12 +213,11 @@ class Wrapped(nn.Module):
         except RuntimeError as error:
             error_msgs.append(str(error))
             return
-        if not keys.missing_keys and (
-            self.__dict__.pop("_gammaopt_empty", False) or _on_meta(self._gammaopt_reference)
-        ):
-            self.__dict__["_gammaopt_unsaved"] = (
-                True  # buffers that no checkpoint has: the model's own are filled again
-            )
+        if not keys.missing_keys:
+            # Buffers that no checkpoint has are filled again in the model, and at its next call here from those.
+            was_empty = self.__dict__.pop("_gammaopt_empty", False)
+            if was_empty or _on_meta(self._gammaopt_reference):
+                self.__dict__["_gammaopt_unsaved"] = True
         missing_keys.extend(start + name for name in keys.missing_keys)
         unexpected_keys.extend(start + name for name in keys.unexpected_keys)
 

@@ -91,14 +91,14 @@ def test_network_without_influence_is_named() -> None:
 
 
 class Complex(nn.Module):
-    """Re(W₂W₁x): with real weights in complex parameters the same function as the real network."""
+    """Re((−iW₂)(iW₁)x): the same function as the real network's, with weights that are not real."""
 
     def __init__(self, real: nn.Sequential) -> None:
         super().__init__()
         self.layers = nn.Sequential(*(nn.Linear(8, 8, bias=False, dtype=torch.complex128) for _ in real))
         with torch.no_grad():
-            for mine, theirs in zip(self.parameters(), real.parameters(), strict=True):
-                mine.copy_(theirs)
+            for mine, theirs, phase in zip(self.parameters(), real.parameters(), (1j, -1j), strict=True):
+                mine.copy_(phase * theirs)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x.to(torch.complex128)).real  # type: ignore[no-any-return]

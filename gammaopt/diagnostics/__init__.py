@@ -17,6 +17,8 @@ from gammaopt.diagnostics._kernels import feature_kernel as feature_kernel
 from gammaopt.diagnostics._kernels import kernel_target_alignment as kernel_target_alignment
 from gammaopt.diagnostics._kernels import ntk as ntk
 from gammaopt.diagnostics._kernels import ntk_eigenvalues as ntk_eigenvalues
+from gammaopt.diagnostics._monitor import Measurement as Measurement
+from gammaopt.diagnostics._monitor import Monitor as Monitor
 from gammaopt.diagnostics._operator import Curvature as Curvature
 from gammaopt.diagnostics._portrait import Grid as Grid
 from gammaopt.diagnostics._portrait import Portrait as Portrait
@@ -40,6 +42,8 @@ __all__ = [
     "Eigenvalues",
     "Grid",
     "LayerSlope",
+    "Measurement",
+    "Monitor",
     "Portrait",
     "SpectralDensity",
     "Trace",

@@ -21,12 +21,12 @@ LAST = re.compile(r"accuracy (\d+\.\d) %(?: at γ = \S+)? \(chance (\d+\.\d) %.*
 # Arguments that make it quick, points above chance it must reach, and what it needs beside torch and the extra "tune".
 CASES: dict[str, tuple[str, float, tuple[str, ...]]] = {
     "plain_loop": ("--steps 100 --width 64", 20, ()),
-    "torchvision_resnet18": ("--steps 12 --batch-size 24", 8, ("torchvision", "skimage")),
+    "torchvision_resnet18": ("--steps 40 --batch-size 24", 8, ("torchvision", "skimage")),
     "timm_vit": ("--steps 40", 12, ("timm", "skimage")),
     "lightning_cnn": ("--steps 30", 10, ("lightning", "skimage")),
     "hf_trainer": ("--steps 25", 12, ("transformers", "accelerate", "skimage")),
     "ddp": ("--steps 60 --width 64", 15, ()),
-    "fsdp2": ("--steps 40 --width 16 --layers 1", 12, ()),
+    "fsdp2": ("--steps 80 --width 16 --layers 1", 12, ()),
     "mutransfer": ("--steps 30 --rates 3 --low 0.003 --width 128", 20, ("mup",)),
     "gamma_study": ("--steps 60 --trials 4 --fresh 2", 3, ("optuna",)),
     "param_groups": ("--steps 60 --width 64", 20, ("schedulefree",)),

@@ -1,0 +1,348 @@
+r"""A monitor for any training loop: sharpness × rate, kernel alignment and loss along the run, within a share of its time.
+
+    monitor = Monitor(model, optimizer, "mse", (x, y), out="runs/mine")
+    for …:
+        loss = …; loss.backward(); optimizer.step()
+        monitor(loss)
+    print(monitor.finish())
+
+It measures at log-spaced steps, because what γ changes happens on that scale, and only while what it spent so far and the
+next measurement fit in ``share`` of the time since it began: a step that is due waits until they do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from gammaopt._errors import UsageError, at_least, one_of, require
+from gammaopt._files import locked
+from gammaopt._laws import EtaLaw
+from gammaopt._plan import Plan
+from gammaopt._probe import Inputs, Output
+from gammaopt.diagnostics._function import Batches, Function, LossFunction, loss_function, undisturbed
+from gammaopt.diagnostics._kernels import centred_kernel_alignment, feature_kernel, kernel_target_alignment, ntk
+from gammaopt.diagnostics._spectrum import sharpness
+from gammaopt.online._run_file import RunFile
+from gammaopt.online.record import RunRecord
+from gammaopt.online.train import Run, hits, summarise
+from gammaopt.optim._multipliers import Multipliers
+
+Measure = Literal["sharpness", "ntk", "features"]
+LAZY_KEPT = 0.9  # alignment of the kernel with the first one, above which it is called kept
+EDGE = (1.6, 2.4)  # sharpness × rate that is called the edge of stability
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a model was at one step. A number that was not asked for, or has no meaning, is ``None``.
+
+    Attributes:
+        step: steps taken before.
+        seconds: that it took.
+        loss, accuracy: on the monitor's data.
+        sharpness: λ_max of the Hessian.
+        sharpness_lr: sharpness × rate in the coordinates in which the optimizer's rates are equal, over 1 + momentum:
+            2 at the edge of stability. SGD only.
+        alignment: centred alignment of the NTK with the targets.
+        kernel_kept: centred alignment of the NTK with that of the first measurement: 1 for a lazy run.
+        feature_alignment: centred alignment of the last hidden layer's kernel with the targets.
+    """
+
+    step: int
+    seconds: float
+    loss: float
+    accuracy: float | None = None
+    sharpness: float | None = None
+    sharpness_lr: float | None = None
+    alignment: float | None = None
+    kernel_kept: float | None = None
+    feature_alignment: float | None = None
+
+    def numbers(self) -> dict[str, float]:
+        """What was measured, by name, without the step."""
+        every = dataclasses.asdict(self)
+        return {name: value for name, value in every.items() if name != "step" and value is not None}
+
+    def to_json(self) -> str:
+        """One line of strict JSON; a number that isn't finite becomes ``null``."""
+        every = dataclasses.asdict(self)
+        return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in every.items()})
+
+
+class Monitor:
+    """Measures a model along its training; call it once after each step.
+
+    The model is looked at through copies and left as it was; so are torch's generators, so that a run with a monitor is
+    the run without.
+
+    Args:
+        model: what is trained, plain or wrapped.
+        optimizer: what trains it; gives the rates for ``sharpness_lr``.
+        loss: ``"mse"``, ``"cross_entropy"``, or (output, targets) → scalar.
+        data: (inputs, targets), one batch, not trained on by preference; the kernels take its first samples.
+        share: of the time since the start, at most, for measurements; ``None`` for no limit. The first measurement, at
+            the start, is always made, and counts.
+        measures: any of ``"sharpness"``, ``"ntk"``, ``"features"``.
+        per_decade: steps to measure at in each factor of 10.
+        kernel_samples: samples for the kernels.
+        out: folder; a line for each measurement goes to ``measurements.jsonl``, the run's record to ``runs.jsonl``.
+            Lines are added to files that are there.
+        tensorboard: a ``SummaryWriter``, or a folder to make one in.
+        seed: of the run, for its record.
+        output: which part of what a plain model returns is its output; see :func:`gammaopt.wrap`.
+
+    Attributes:
+        measurements: so far.
+        spent: seconds of them.
+
+    Raises:
+        UsageError: for a ``share`` outside of 0 to 1, an unknown measure, or a model that has no such measure.
+
+    Example:
+        >>> import torch
+        >>> net, (x, y) = torch.nn.Linear(2, 1), (torch.randn(8, 2), torch.randn(8, 1))
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> monitor = Monitor(net, optimizer, "mse", (x, y), share=None)
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     loss = (net(x) - y).square().mean()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     measurement = monitor(loss)
+        >>> [m.step for m in monitor.measurements], round(monitor.finish().effective_lr, 6)
+        ([0, 1, 2, 3], 0.1)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: str | LossFunction,
+        data: tuple[Inputs, Any],
+        *,
+        share: float | None = 0.05,
+        measures: Sequence[Measure] = ("sharpness", "ntk", "features"),
+        per_decade: int = 6,
+        kernel_samples: int = 64,
+        out: str | Path | None = None,
+        tensorboard: Any = None,
+        seed: int = 0,
+        output: Output | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if share is not None and not 0 < share <= 1:
+            raise UsageError(f"share={share:g} is no share of time; give 0 < share <= 1, or None for no limit")
+        for measure in measures:
+            one_of("measure", measure, get_args(Measure))
+        at_least("per_decade", per_decade, 1), at_least("kernel_samples", kernel_samples, 2)
+        self.model, self.optimizer = getattr(model, "_orig_mod", model), optimizer
+        self._loss, self._criterion = loss, loss_function(loss)
+        (self._data,) = _one(data)
+        few = _few(self._data[0], kernel_samples), self._data[1][:kernel_samples]
+        self._few: tuple[Any, Tensor] = few
+        self._share, self._measures, self._factor = share, tuple(measures), 10.0 ** (1 / per_decade)
+        self._seed, self._output, self._clock = seed, output, clock
+        self._out = None if out is None else Path(out)
+        self._writer = _writer(tensorboard)
+        self.measurements: list[Measurement] = []
+        self.spent, self.step = 0.0, 0
+        self._due, self._cost = 0, 0.0
+        self._losses: list[Tensor] = []
+        self._shares: list[Tensor] = []
+        self._first_kernel: Tensor | None = None
+        group = optimizer.param_groups[0]
+        self._run = Run(self._gamma, float(group["lr"]), seed)
+        self._law = self._own_law()
+        self._finished: RunRecord | None = None
+        self._began = clock()
+        self.measure()
+
+    @property
+    def _gamma(self) -> float:
+        plan = getattr(self.model, "gammaopt", None)
+        return plan.gamma if isinstance(plan, Plan) else 1.0
+
+    def _own_law(self) -> EtaLaw | None:
+        """The law that the optimizer steps by; ``None`` for one that knows nothing of γ."""
+        plan = getattr(self.model, "gammaopt", None)
+        if isinstance(plan, Plan) and isinstance(self.optimizer, Multipliers):
+            return plan.law(self.optimizer._family)
+        return None
+
+    def __call__(
+        self, loss: Tensor | float | None = None, accuracy: Tensor | float | None = None
+    ) -> Measurement | None:
+        """Note a step's loss, and measure if it is time.
+
+        Args:
+            loss: of this step's batch, before the step; without it the run's record has no curve.
+            accuracy: share of that batch that was answered right.
+
+        Returns:
+            The measurement, if one was made.
+        """
+        self.step += 1
+        if loss is not None:
+            self._losses.append(torch.as_tensor(loss).detach())
+            self._shares.append(torch.as_tensor(0.0 if accuracy is None else accuracy).detach())
+        if self.step < self._due:
+            return None
+        if self._share is not None:
+            elapsed = self._clock() - self._began
+            if self.spent + self._cost > self._share * elapsed:
+                return None
+        return self.measure()
+
+    def measure(self) -> Measurement:
+        """Measure now, due or not."""
+        start = self._clock()
+        made = self._measured()
+        self._cost = self._clock() - start
+        self.spent += self._cost
+        made = dataclasses.replace(made, seconds=self._cost)
+        self.measurements.append(made)
+        self._due = max(self.step + 1, math.ceil(self.step * self._factor))
+        if self._out is not None:
+            with locked(self._out), open(self._out / "measurements.jsonl", "a", encoding="utf-8") as file:
+                file.write(made.to_json() + "\n")
+        if self._writer is not None:
+            for name, value in made.numbers().items():
+                self._writer.add_scalar(f"gammaopt/{name}", value, self.step)
+        return made
+
+    def _measured(self) -> Measurement:
+        loss, accuracy = self._score()
+        if not math.isfinite(loss):
+            return Measurement(self.step, 0.0, loss, accuracy)
+        found: dict[str, float | None] = {}
+        settings: dict[str, Any] = {"output": self._output}
+        if "sharpness" in self._measures:
+            search = {"tol": 1e-2, **settings}
+            found["sharpness"] = sharpness(self.model, self._loss, self._data, **search)
+            if isinstance(self.optimizer, torch.optim.SGD):
+                scaled = sharpness(self.model, self._loss, self._data, optimizer=self.optimizer, **search)
+                found["sharpness_lr"] = scaled / (1 + float(self.optimizer.param_groups[0].get("momentum", 0.0)))
+        x, y = self._few
+        if "ntk" in self._measures:
+            kernel = ntk(self.model, x, **settings).cpu()
+            self._first_kernel = kernel if self._first_kernel is None else self._first_kernel
+            found["alignment"] = _or_none(kernel_target_alignment, kernel, y.cpu())
+            found["kernel_kept"] = _or_none(centred_kernel_alignment, kernel, self._first_kernel)
+        if "features" in self._measures:
+            features = feature_kernel(self.model, x, **settings).cpu()
+            found["feature_alignment"] = _or_none(kernel_target_alignment, features, y.cpu())
+        return Measurement(self.step, 0.0, loss, accuracy, **found)
+
+    def _score(self) -> tuple[float, float | None]:
+        """Loss on the data, and accuracy for classes."""
+        function = Function(self.model, self._output)
+        inputs, targets = self._data
+        targets = function.to(targets)
+        with undisturbed(function.device), torch.no_grad():
+            output = function(inputs)
+            loss = float(self._criterion(output, targets))
+        classes = isinstance(targets, Tensor) and not targets.is_floating_point() and output.dim() == 2
+        return loss, float(hits(output, targets).double().mean()) if classes else None
+
+    def finish(self) -> RunRecord:
+        """The record of the run so far, as :func:`gammaopt.online.train` makes one, written to ``out`` once.
+
+        ``final_loss`` and ``final_accuracy`` are on the monitor's data; prequential ones need the steps' losses and
+        accuracies.
+        """
+        if self._finished is not None:
+            return self._finished
+        loss, accuracy = self._score()
+        losses = torch.stack([value.double().cpu() for value in self._losses]) if self._losses else torch.empty(0)
+        shares = torch.stack([value.double().cpu() for value in self._shares]) if self._shares else torch.empty(0)
+        record = (
+            summarise(self._run, max(1, len(losses)), self._law or EtaLaw(1.0), losses, shares, (accuracy or 0.0, loss))
+            if len(losses)
+            else _without_losses(self._run, self.step, loss, accuracy or 0.0)
+        )
+        if self._law is None:
+            record = dataclasses.replace(record, effective_lr=self._run.lr)
+        elif not len(losses):
+            record = dataclasses.replace(record, effective_lr=self._run.lr * self._law.factor(self._run.gamma))
+        if self._out is not None:
+            with locked(self._out):
+                file = RunFile(self._out / "runs.jsonl")
+                file.add(record)
+                file.close()
+        if self._writer is not None:
+            self._writer.flush()
+        self._finished = record
+        return record
+
+    def verdict(self) -> str:
+        """In words, which regime the last measurement shows."""
+        first, last = self.measurements[0], self.measurements[-1]
+        said = [f"step {last.step}"]
+        if not math.isfinite(last.loss):
+            return f"{said[0]}: diverged"
+        if last.kernel_kept is not None and last.step > first.step:
+            said.append(f"{'lazy' if last.kernel_kept > LAZY_KEPT else 'rich'} (kernel kept: {last.kernel_kept:.2f})")
+        if last.loss > 0.9 * first.loss:
+            grown = (last.alignment or 0.0) - (first.alignment or 0.0)
+            if last.alignment is not None and grown > 0.05:
+                said.append(f"on a plateau and aligning ({grown:+.2f}): wait")
+            else:
+                said.append("the loss has not moved: at the start of a plateau, or stuck at this rate")
+        else:
+            said.append(f"the loss fell to {last.loss / first.loss:.2g} of its start")
+        if last.sharpness_lr is not None:
+            low, high = EDGE
+            where = "below" if last.sharpness_lr < low else "at" if last.sharpness_lr <= high else "past"
+            said.append(f"{where} the edge of stability (sharpness × rate: {last.sharpness_lr:.2f} of 2)")
+        return "; ".join(said)
+
+
+def _without_losses(run: Run, steps: int, loss: float, accuracy: float) -> RunRecord:
+    """A record of a run whose steps' losses nobody told."""
+    one = torch.tensor([loss], dtype=torch.float64)
+    record = summarise(run, 1, EtaLaw(1.0), one, torch.tensor([accuracy]), (accuracy, loss))
+    empty = dataclasses.replace(record.curve, steps=(), loss=(), accuracy=())
+    return dataclasses.replace(record, steps=steps, prequential_loss=None, prequential_accuracy=0.0, curve=empty)
+
+
+def _or_none(align: Callable[..., float], *arguments: Any) -> float | None:
+    """A kernel that is constant over the samples has no direction, which a run may well come to."""
+    try:
+        return align(*arguments)
+    except UsageError:
+        return None
+
+
+def _one(data: Any) -> list[tuple[Inputs, Any]]:
+    batches = list(Batches(data))
+    if len(batches) != 1:
+        raise UsageError(f"a monitor takes one batch, and data has {len(batches)}; give (inputs, targets)")
+    return batches
+
+
+def _few(inputs: Any, count: int) -> Any:
+    """The first samples of the tensors in ``inputs``."""
+    if isinstance(inputs, Tensor):
+        return inputs[:count]
+    if isinstance(inputs, dict):
+        return {key: _few(value, count) for key, value in inputs.items()}
+    return tuple(_few(value, count) for value in inputs) if isinstance(inputs, tuple) else inputs
+
+
+def _writer(tensorboard: Any) -> Any:
+    if tensorboard is None or hasattr(tensorboard, "add_scalar"):
+        return tensorboard
+    require("tensorboard", "frameworks")
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(tensorboard))

@@ -1,0 +1,70 @@
+"""Lightning: a :class:`gammaopt.diagnostics.Monitor` as a callback.
+
+``Trainer(callbacks=[MonitorCallback((x, y), "mse")])`` measures the wrapped model in the LightningModule, on rank 0, and
+logs what it measured to the trainer's loggers, TensorBoard among them, as ``gammaopt/…``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from gammaopt._errors import require
+from gammaopt.diagnostics import Monitor
+from gammaopt.integrations._model import the_model
+
+if TYPE_CHECKING:
+
+    class _Callback:
+        """What mypy sees of Lightning's class, which may not be installed."""
+else:
+    _Callback = require("lightning.pytorch", "frameworks").Callback
+
+
+class MonitorCallback(_Callback):
+    """Measures along ``Trainer.fit``.
+
+    Args:
+        data: (inputs, targets), one batch.
+        loss: see :class:`gammaopt.diagnostics.Monitor`.
+        model: the LightningModule → what to measure; its wrapped submodule by default, else the module itself.
+        settings: others of :class:`gammaopt.diagnostics.Monitor`.
+
+    Attributes:
+        monitor: once training began; ``None`` before, and on other ranks than 0.
+    """
+
+    def __init__(self, data: Any, loss: Any, *, model: Any = None, **settings: Any) -> None:
+        self.monitor: Monitor | None = None
+        self._data, self._loss, self._model, self._settings = data, loss, model, settings
+        self._seen = 0
+
+    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Measure the start."""
+        if not trainer.is_global_zero:
+            return
+        model = the_model(pl_module) if self._model is None else self._model(pl_module)
+        self._seen = trainer.global_step
+        self.monitor = Monitor(model, trainer.optimizers[0], self._loss, self._data, **self._settings)
+        self._log(trainer)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count a step, if the optimizer made one, and measure if it is time."""
+        if self.monitor is None or trainer.global_step == self._seen:  # gradients are accumulated still
+            return
+        self._seen = trainer.global_step
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if self.monitor(loss) is not None:
+            self._log(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Write the run's record."""
+        if self.monitor is not None:
+            self.monitor.finish()
+
+    def _log(self, trainer: Any) -> None:
+        assert self.monitor is not None
+        last = self.monitor.measurements[-1]
+        for logger in trainer.loggers:
+            logger.log_metrics({f"gammaopt/{name}": value for name, value in last.numbers().items()}, step=last.step)

@@ -1,0 +1,62 @@
+"""Hugging Face: a :class:`gammaopt.diagnostics.Monitor` as a ``TrainerCallback``.
+
+``Trainer(…, callbacks=[MonitorCallback(({"pixel_values": x}, y), "cross_entropy")])`` measures on rank 0. The trainer
+tells losses at its logging steps only; with ``logging_steps=1`` the run's record has its curve. For TensorBoard give
+``tensorboard=`` a folder or writer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gammaopt._errors import require
+from gammaopt.diagnostics import Monitor
+from gammaopt.integrations._model import the_model
+
+if TYPE_CHECKING:
+
+    class _Callback:
+        """What mypy sees of transformers' class, which may not be installed."""
+else:
+    _Callback = require("transformers", "frameworks").TrainerCallback
+
+
+class MonitorCallback(_Callback):
+    """Measures along ``Trainer.train``.
+
+    Args:
+        data: (inputs, targets), one batch; inputs as a dict of the model's keyword arguments, without labels.
+        loss: see :class:`gammaopt.diagnostics.Monitor`.
+        settings: others of :class:`gammaopt.diagnostics.Monitor`; ``output="logits"`` for a model that is not wrapped.
+
+    Attributes:
+        monitor: once training began; ``None`` before, and on other ranks than 0.
+    """
+
+    def __init__(self, data: Any, loss: Any, **settings: Any) -> None:
+        self.monitor: Monitor | None = None
+        self._data, self._loss, self._settings = data, loss, settings
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the start."""
+        if not state.is_world_process_zero:
+            return
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        model = getattr(model, "module", model)
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's cover
+        self.monitor = Monitor(the_model(model), optimizer, self._loss, self._data, **self._settings)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count a step, and measure if it is time."""
+        if self.monitor is not None and args.logging_steps != 1:
+            self.monitor()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Count a step with its loss, where the trainer tells the loss of each."""
+        if self.monitor is not None and args.logging_steps == 1 and logs and "loss" in logs:
+            self.monitor(float(logs["loss"]))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the run's record."""
+        if self.monitor is not None:
+            self.monitor.finish()

@@ -1,0 +1,182 @@
+"""A monitor measures at log-spaced steps within its share of time, changes nothing, and writes the same records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gammaopt
+from gammaopt import UsageError
+from gammaopt.diagnostics import Monitor, kernel_target_alignment, ntk, sharpness
+from gammaopt.online import MLP, RunRecord
+
+X = torch.sign(torch.randn(32, 6, generator=torch.Generator().manual_seed(0)))
+Y = X[:, :1] * X[:, 1:2]
+
+
+def fresh(gamma: float = 2.0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = gammaopt.wrap(
+        nn.Sequential(MLP(6, 16, width=8), nn.Dropout(0.2), nn.Linear(16, 1)), gamma, depth=3, parametrization="mean_field"
+    )  # fmt: skip
+    return model, gammaopt.SGD(model.parameters(), lr=0.2, momentum=0.5)
+
+
+def fit(model: nn.Module, optimizer: torch.optim.Optimizer, monitor: Any, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = (model(X) - Y).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if monitor is not None:
+            monitor(loss)
+    return losses
+
+
+class Clock:
+    """Time that passes by one second whenever somebody looks, or as told."""
+
+    def __init__(self, look: float) -> None:
+        self.now, self.look = 0.0, look
+
+    def __call__(self) -> float:
+        self.now += self.look
+        return self.now
+
+
+def test_training_is_the_same_with_a_monitor_to_the_last_bit() -> None:
+    model, optimizer = fresh()
+    alone = fit(model, optimizer, None, 12)
+    model, optimizer = fresh()
+    monitor = Monitor(model, optimizer, "mse", (X, Y), share=None)
+    assert fit(model, optimizer, monitor, 12) == alone
+    assert len(monitor.measurements) > 5
+    assert model.training
+
+
+def test_it_measures_at_log_spaced_steps_what_the_functions_measure(tmp_path: Path) -> None:
+    model, optimizer = fresh()
+    monitor = Monitor(model, optimizer, "mse", (X, Y), share=None, per_decade=4, kernel_samples=16, out=tmp_path)
+    fit(model, optimizer, monitor, 60)
+    steps = [m.step for m in monitor.measurements]
+    assert steps == [0, 1, 2, 4, 8, 15, 27, 49]
+    last = monitor.measure()
+    assert last.sharpness == pytest.approx(sharpness(model, "mse", (X, Y)), rel=2e-2)
+    scaled = sharpness(model, "mse", (X, Y), optimizer=optimizer)
+    assert last.sharpness_lr == pytest.approx(scaled / 1.5, rel=2e-2)
+    assert last.alignment == pytest.approx(kernel_target_alignment(ntk(model, X[:16]), Y[:16]))
+    assert monitor.measurements[0].kernel_kept == pytest.approx(1.0)
+    record = monitor.finish()
+    assert monitor.finish() is record
+    lines = (tmp_path / "measurements.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [*steps, 60]
+    (written,) = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert RunRecord.from_dict(json.loads(written)) == record
+    assert (record.gamma, record.lr, record.steps) == (2.0, 0.2, 60)
+    assert record.effective_lr == pytest.approx(0.2 * 2 ** (2 / 3))
+    assert record.final_loss == pytest.approx(last.loss)
+    assert len(record.curve.steps) <= 40
+    assert f"sharpness × rate: {last.sharpness_lr:.2f} of 2" in monitor.verdict()
+
+
+def test_the_share_of_time_is_kept_and_a_due_step_waits() -> None:
+    """Each look at the clock is a second: a measurement takes one, a step one (it asks whether there is time)."""
+    model, optimizer = fresh()
+    monitor = Monitor(model, optimizer, "mse", (X, Y), share=0.05, measures=("ntk",), clock=Clock(1.0))
+    fit(model, optimizer, monitor, 300)
+    steps = [m.step for m in monitor.measurements]
+    assert steps[0] == 0
+    assert 4 <= len(steps) <= 300 * 0.05 + 2
+    clock = 0
+    for spent, step in enumerate(steps[1:], start=1):
+        clock = step
+        assert spent + 1 <= 0.05 * (clock + 2 * spent + 2) + 1  # what was spent, and this one, of what had passed
+    assert monitor.spent <= 0.05 * 330
+
+
+def test_a_diverged_run_and_a_plain_model_and_adam_have_records_too() -> None:
+    net = MLP(6, 1, width=8)
+    adam = torch.optim.Adam(net.parameters(), lr=1e-2)
+    monitor = Monitor(net, adam, "mse", (X, Y), share=None)
+    fit(net, adam, monitor, 5)
+    assert monitor.measurements[-1].sharpness_lr is None
+    assert "edge" not in monitor.verdict()
+    assert monitor.finish().effective_lr == pytest.approx(1e-2)
+    with torch.no_grad():
+        net[1].weight.fill_(float("nan"))
+    assert not torch.isfinite(torch.tensor(monitor.measure().loss))
+    assert json.loads(monitor.measurements[-1].to_json())["loss"] is None
+    assert monitor.verdict() == "step 5: diverged"
+    silent = Monitor(net, adam, "mse", (X, Y), share=None)
+    silent()
+    assert silent.finish().final_loss is None
+
+
+def test_classes_have_an_accuracy_and_a_writer_gets_the_numbers() -> None:
+    class Writer:
+        told: list[tuple[str, int]] = []  # noqa: RUF012
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            assert isinstance(value, float)
+            self.told.append((name, step))
+
+        def flush(self) -> None:
+            self.told.append(("flush", -1))
+
+    net = MLP(6, 3, width=8)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    labels = torch.arange(32) % 3
+    monitor = Monitor(net, optimizer, "cross_entropy", (X, labels), measures=("features",), tensorboard=Writer())
+    expected = float((net(X).argmax(1) == labels).double().mean())
+    assert monitor.measurements[0].accuracy == pytest.approx(expected)
+    monitor.finish()
+    names = {name for name, _ in Writer.told}
+    assert {"gammaopt/loss", "gammaopt/accuracy", "gammaopt/feature_alignment", "flush"} <= names
+
+
+def test_verdicts_tell_lazy_from_rich() -> None:
+    said = {}
+    for gamma, lr in ((0.05, 2.0), (30.0, 0.2)):
+        torch.manual_seed(0)
+        model = gammaopt.wrap(MLP(6, 1, width=32), gamma, depth=3, parametrization="mean_field")
+        optimizer = gammaopt.SGD(model.parameters(), lr=lr)
+        monitor = Monitor(model, optimizer, "mse", (X, Y), share=None)
+        said[gamma] = ""
+        for _ in range(150):
+            fit(model, optimizer, monitor, 1)
+            if monitor.measurements[-1].step == monitor.step and "aligning" in monitor.verdict():
+                said[gamma] += "aligning "
+        monitor.measure()
+        said[gamma] += monitor.verdict()
+    assert "lazy (kernel kept" in said[0.05]
+    assert "aligning" not in said[0.05]
+    assert said[30.0].startswith("aligning")
+    assert "rich (kernel kept" in said[30.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"share": 0.0}, "share=0 is no share of time; give 0 < share <= 1"),
+        ({"measures": ("ntks",)}, "unknown measure 'ntks'; choose one of: sharpness, ntk, features"),
+        ({"per_decade": 0}, "per_decade=0 is too small"),
+        ({"kernel_samples": 1}, "kernel_samples=1 is too small"),
+    ],
+)
+def test_mistakes_are_named(settings: dict[str, Any], message: str) -> None:
+    model, optimizer = fresh()
+    with pytest.raises(UsageError, match=message):
+        Monitor(model, optimizer, "mse", (X, Y), **settings)
+
+
+def test_a_list_of_batches_is_refused() -> None:
+    model, optimizer = fresh()
+    with pytest.raises(UsageError, match="a monitor takes one batch, and data has 2"):
+        Monitor(model, optimizer, "mse", [(X, Y), (X, Y)])  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from gammaopt.online._run_file import read_runs
 from gammaopt.online.record import RunRecord
 from gammaopt.tuning._folder import Cell, opened
 from gammaopt.tuning._plan import StudyPlan
+from gammaopt.tuning._record import Record
 from gammaopt.tuning._result import Trial, TuneResult
 from gammaopt.tuning._search import search
 from gammaopt.tuning._tune import Remote, arms, check_versions, choose, confirmation_cells, result_from
@@ -146,7 +147,7 @@ def search_again(plan: StudyPlan, runs: Mapping[Cell, RunRecord]) -> dict[str, l
     optuna = require("optuna", "tune")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-    def evaluate(cells: list[Cell]) -> dict[Cell, RunRecord]:
+    def evaluate(cells: list[Cell]) -> dict[Cell, Record]:
         if any(cell not in runs for cell in cells):
             raise _NotYetError
         return {cell: runs[cell] for cell in cells}

@@ -41,7 +41,7 @@ def record(seed: int) -> RunRecord:
     return RunRecord(0.1, 1 / 3, seed, 3, 0.03, 0.25, 2.5, 0.5, 2.0, None, Curve((1, 3), (2.3, 2.6), (0.0, 0.375)))
 
 
-def add_many(file: RunFile) -> None:
+def add_many(file: RunFile[RunRecord]) -> None:
     for seed in range(1, 100):
         file.add(record(seed))
 

@@ -248,6 +248,8 @@ def test_a_study_through_workers_is_the_study_of_one_process(
         name: (arm.gamma, arm.lr) for name, arm in single.arms.items()
     }
     for name, runs in many.runs.items():
+        mine: Any
+        theirs: Any
         for mine, theirs in zip(runs, single.runs[name], strict=True):
             assert mine.prequential_accuracy == theirs.prequential_accuracy
             assert mine.prequential_loss == pytest.approx(theirs.prequential_loss, rel=1e-5)

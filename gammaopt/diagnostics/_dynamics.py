@@ -1,7 +1,7 @@
 r"""Reading a loss curve: catapult, plateau, the drops of a staircase, divergence; and curves that collapse in time.
 
-Relative loss ℓ(t)/ℓ(0), ℓ(0) being the loss of f = 0. A small γ at a large rate catapults: ℓ rises above its start while
-the sharpness falls, and then converges (Lewkowycz et al., arXiv 2003.02218). A large γ waits on a plateau,
+Relative loss ℓ(t)/ℓ(0), ℓ(0) being the loss of f = 0. A small γ at a large rate catapults: ℓ rises above its start
+while the sharpness falls, and then converges (Lewkowycz et al., arXiv 2003.02218). A large γ waits on a plateau,
 t_plateau ∝ γ^(1−2/L), and then learns a staircase of features one by one (Abbe et al., COLT 2023), each a peak of
 
     g(t) = −d(ℓ/ℓ(0)) / d ln t
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,7 @@ def dynamics(
     bad = ~np.isfinite(relative) | (relative > DIVERGED_RATIO)
     told = getattr(curve, "diverged_at", None)
     if bad.any() or told is not None:
-        at = float(steps[np.argmax(bad)]) if bad.any() else float(told)
+        at = float(steps[np.argmax(bad)]) if bad.any() else float(told or 0)
         good = relative[: int(np.argmax(bad))] if bad.any() else relative
         return Dynamics(None, _left(steps, good, moved), (), at, math.inf)
     peak = int(np.argmax(relative))
@@ -161,7 +162,7 @@ def _drops(steps: Array, relative: Array, smallest: float) -> tuple[Drop, ...]:
             peak = valley = i
     cuts.append(len(rates))
     found: list[Drop] = []
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in pairwise(cuts):
         fall = -np.diff(lowest[a : b + 1])
         size = float(fall.sum())
         if size < smallest:

@@ -1,4 +1,4 @@
-r"""A monitor for any training loop: sharpness × rate, kernel alignment and loss along the run, within a share of its time.
+r"""A monitor for any training loop: sharpness × rate, kernel alignment and loss along a run, in a share of its time.
 
     monitor = Monitor(model, optimizer, "mse", (x, y), out="runs/mine")
     for …:
@@ -6,8 +6,8 @@ r"""A monitor for any training loop: sharpness × rate, kernel alignment and los
         monitor(loss)
     print(monitor.finish())
 
-It measures at log-spaced steps, because what γ changes happens on that scale, and only while what it spent so far and the
-next measurement fit in ``share`` of the time since it began: a step that is due waits until they do.
+It measures at log-spaced steps, because what γ changes happens on that scale, and only while what it spent so far and
+the next measurement fit in ``share`` of the time since it began: a step that is due waits until they do.
 """
 
 from __future__ import annotations
@@ -276,7 +276,7 @@ class Monitor:
             record = dataclasses.replace(record, effective_lr=self._run.lr * self._law.factor(self._run.gamma))
         if self._out is not None:
             with locked(self._out):
-                file = RunFile(self._out / "runs.jsonl")
+                file = RunFile(self._out / "runs.jsonl", RunRecord.from_dict)
                 file.add(record)
                 file.close()
         if self._writer is not None:

@@ -1,7 +1,7 @@
 """Lightning: a :class:`gammaopt.diagnostics.Monitor` as a callback.
 
-``Trainer(callbacks=[MonitorCallback((x, y), "mse")])`` measures the wrapped model in the LightningModule, on rank 0, and
-logs what it measured to the trainer's loggers, TensorBoard among them, as ``gammaopt/…``.
+``Trainer(callbacks=[MonitorCallback((x, y), "mse")])`` measures the wrapped model in the LightningModule, on rank 0,
+and logs what it measured to the trainer's loggers, TensorBoard among them, as ``gammaopt/…``.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def test_a_diverged_run_and_a_plain_model_and_adam_have_records_too() -> None:
     assert "edge" not in monitor.verdict()
     assert monitor.finish().effective_lr == pytest.approx(1e-2)
     with torch.no_grad():
-        net[1].weight.fill_(float("nan"))
+        net.get_parameter("1.weight").fill_(float("nan"))
     assert not torch.isfinite(torch.tensor(monitor.measure().loss))
     assert json.loads(monitor.measurements[-1].to_json())["loss"] is None
     assert monitor.verdict() == "step 5: diverged"

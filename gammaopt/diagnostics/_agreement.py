@@ -3,7 +3,7 @@ r"""Agreement: do two networks, of two γ or two seeds, compute the same functio
     distance = ‖f_a − f_b‖ / √(‖f_a‖ ‖f_b‖)      cosine = ⟨f_a, f_b⟩ / (‖f_a‖ ‖f_b‖)      labels: share of equal argmax
 
 all over the samples of a stream, in one pass, batch by batch. Rich networks of different seeds agree more than lazy
-ones of the same width, whose kernel is random. Source: Atanasov et al., ICLR 2025 (arXiv 2410.04642), on the agreement of
+ones of the same width, whose kernel is random. Sources: Atanasov et al., ICLR 2025 (arXiv 2410.04642), on agreement of
 networks across γ; Vyas et al., "Feature-learning networks are consistent across widths", NeurIPS 2023.
 """
 

@@ -22,8 +22,11 @@ Y = X[:, :1] * X[:, 1:2]
 def fresh(gamma: float = 2.0) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = gammaopt.wrap(
-        nn.Sequential(MLP(6, 16, width=8), nn.Dropout(0.2), nn.Linear(16, 1)), gamma, depth=3, parametrization="mean_field"
-    )  # fmt: skip
+        nn.Sequential(MLP(6, 16, width=8), nn.Dropout(0.2), nn.Linear(16, 1)),
+        gamma,
+        depth=3,
+        parametrization="mean_field",
+    )
     return model, gammaopt.SGD(model.parameters(), lr=0.2, momentum=0.5)
 
 

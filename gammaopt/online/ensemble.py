@@ -232,7 +232,7 @@ def _train_stack(
     if checkpoint is not None:
         restore(checkpoint, stack, traces, scores)
         progress.add(stack.step * len(runs))
-    if stack.step == 0 and len(runs) > 1:
+    if stack.step == 0:
         check_forward(stack)
     saved, take_step = time.monotonic(), Stepper(stack)
     while stack.step < steps and stack.runs:

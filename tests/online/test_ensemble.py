@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -249,6 +249,67 @@ def test_a_module_that_cannot_be_stacked_is_named_and_runs_one_at_a_time(module:
     named = rf"2 \({type(module).__name__}\) {message}.*one_at_a_time=True"
     with pytest.raises(UsageError, match=named):
         train_many(recipe, RUNS[:2])
+
+
+class Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+class Drawn(nn.Module):
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.rand(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.mask
+
+
+class Doubling(nn.Module):
+    """Another function in evaluation than in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training else 2 * x
+
+
+def with_module(make: Callable[[], nn.Module], **changes: object) -> Recipe:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(144, 16), make(), nn.ReLU(), nn.Linear(16, 10))
+
+    return dataclasses.replace(RECIPE, build=build, parametrization="as_is", steps=5, **changes)  # type: ignore[arg-type]
+
+
+def test_batch_statistics_are_those_of_each_batch_and_slice() -> None:
+    recipe = with_module(lambda: nn.BatchNorm1d(16, track_running_stats=False))
+    assert_same(train_many(recipe, RUNS[:4]), one_by_one(recipe, RUNS[:4]), 1e-12)
+
+
+@pytest.mark.parametrize("changes", [{}, {"dtype": torch.float32}, {"steps": 1}])
+def test_a_module_of_its_own_that_mixes_samples_is_refused(changes: dict[str, object]) -> None:
+    recipe = dataclasses.replace(with_module(Centred), **changes)  # type: ignore[arg-type]
+    for stack in (1, 2):
+        with pytest.raises(UsageError, match=r"depends on the other samples passed with it.*one_at_a_time=True"):
+            train_many(recipe, RUNS[1:3], stack=stack)
+
+
+@pytest.mark.parametrize("module", [Branching, Counting])
+def test_a_stack_of_one_is_checked_too(module: Callable[[], nn.Module]) -> None:
+    with pytest.raises(UsageError, match=r"can't be run for several networks at once"):
+        train_many(with_module(module), RUNS[:1])
+
+
+def test_buffers_drawn_for_each_seed_are_refused_but_for_one_seed() -> None:
+    recipe = with_module(Drawn)
+    with pytest.raises(UsageError, match=r"buffer '2\.mask' is drawn anew for each seed"):
+        train_many(recipe, RUNS[:2])
+    assert_same(train_many(recipe, RUNS[:4:2]), one_by_one(recipe, RUNS[:4:2]), 1e-12)
+
+
+def test_held_out_outputs_at_the_start_are_those_in_evaluation_mode() -> None:
+    recipe = with_module(Doubling)
+    assert_same(train_many(recipe, RUNS[:2]), one_by_one(recipe, RUNS[:2]), 1e-12)
 
 
 def test_one_at_a_time_runs_batch_norm_as_it_is() -> None:

@@ -229,7 +229,8 @@ def _run_steps(quiet: bool) -> Iterator[Callable[[RunSteps], None]]:
     said = -1
 
     def speed(progress: RunSteps) -> str:
-        return f"{progress.done / max(1e-9, time.monotonic() - start):,.0f} run-steps/s"
+        now = progress.done - progress.restored
+        return f"{now / max(1e-9, time.monotonic() - start):,.0f} run-steps/s"
 
     if quiet or not console.is_terminal:
 

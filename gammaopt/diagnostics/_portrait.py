@@ -24,7 +24,7 @@ from gammaopt._errors import UsageError, at_least, one_of, positive
 from gammaopt._files import locked, write_atomically
 from gammaopt._laws import EtaLaw
 from gammaopt.online._run_file import RunFile, by_run
-from gammaopt.online.ensemble import Progress, train_many
+from gammaopt.online.ensemble import Progress, check_budgets, train_many
 from gammaopt.online.record import RunRecord
 from gammaopt.online.train import FAMILIES, Recipe, Run
 
@@ -194,7 +194,7 @@ def portrait(
     if recipe.knee is None and recipe.parametrization != "mean_field":
         raise UsageError("the recipe has no knee, which the law needs outside mean-field form; give Recipe(knee=…)")
     law = EtaLaw(recipe.depth, FAMILIES[recipe.optimizer], recipe.loss, recipe.knee or 1.0)
-    ends = tuple(sorted({at_least("budget", budget, 1) for budget in budgets} or {recipe.steps}))
+    ends = tuple(check_budgets(budgets, recipe.steps))
     runs = [
         grid.run(gamma, rate, seed, law) for seed in grid.seeds for gamma in grid.gammas for rate in grid.rates
     ]  # fmt: skip
@@ -206,7 +206,7 @@ def portrait(
             write_atomically(folder / "portrait.json", json.dumps(identity, indent=2) + "\n")
         file = RunFile(folder / "runs.jsonl", RunRecord.from_dict)
         try:
-            held = {key for key, records in by_run(file.records).items() if len(records) == len(ends)}
+            held = {key for key, cell in by_run(file.records).items() if {r.steps for r in cell} >= set(ends)}
             train_many(
                 recipe,
                 [run for run in runs if run not in held],
@@ -218,9 +218,9 @@ def portrait(
             )
         finally:
             file.close()
-        cells = by_run(file.records)
-        # A kill between the lines of one run leaves some of its budgets twice: the last ones are whole.
-        made = Portrait(grid, law, ends, tuple(record for run in runs for record in cells[run][-len(ends) :]))
+        # A kill between the lines of one run leaves some of its budgets twice: the last one of each counts.
+        cells = {key: {record.steps: record for record in cell} for key, cell in by_run(file.records).items()}
+        made = Portrait(grid, law, ends, tuple(cells[run][end] for run in runs for end in ends))
         arrays = {f"{name}_{end}": array for end in ends for name, array in made.arrays(end).items()}
         axes = {"gammas": np.array(grid.gammas), "rates": np.array(grid.rates), "seeds": np.array(grid.seeds)}
         partial = folder / "portrait.partial.npz"

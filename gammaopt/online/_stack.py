@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -66,14 +67,27 @@ class Seed:
 
     @torch.no_grad()
     def held_out(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Held-out inputs, targets and h₀."""
+        """Held-out inputs, targets and h₀ in evaluation mode."""
         if self._held_out is None:
             inputs, targets = held_out_samples(self.recipe, self.batches.seed)
-            self._held_out = inputs, targets, torch.cat([self._h0(part) for part in inputs.split(HELD_OUT_SLICE)])
+            with evaluating(self.net):
+                self._held_out = inputs, targets, torch.cat([self._h0(part) for part in inputs.split(HELD_OUT_SLICE)])
         return self._held_out
 
     def _h0(self, inputs: Tensor) -> Tensor:
         return cast("Tensor", functional_call(self.net, self.initial, (inputs,)))
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode; each of its modules is given back in the mode it was in."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 class Seeds:
@@ -210,11 +224,32 @@ class Stack:
         if len(self.runs) == 1:
             output: Tensor = self.net(inputs)
             return output[None]
+        return self._batched(self.parameters, inputs, shared=self.shared)
 
+    def _batched(self, parameters: dict[str, Tensor], inputs: Tensor, *, shared: bool) -> Tensor:
         def forward(own: dict[str, Tensor], x: Tensor) -> Tensor:
             return cast("Tensor", functional_call(self.net, {**self._fixed, **own}, (x,)))
 
-        return vmap(forward, in_dims=(0, None if self.shared else 0))(self.parameters, inputs)
+        return vmap(forward, in_dims=(0, None if shared else 0))(parameters, inputs)
+
+    @torch.no_grad()
+    def try_forward(self) -> bool:
+        """Pass a batch as a stack does, of one run too; returns whether its samples leave each other alone.
+
+        h₀ of many batches is computed at once, so it must not depend on what else is passed.
+        """
+        seed = self.seeds[self.runs[0].seed]
+        inputs = self.batch()[0]
+        inputs = inputs.expand(len(self.runs), *inputs.shape) if self.shared else inputs
+        outputs = self._batched(self.parameters, inputs, shared=False)[:1]
+        if mixes_samples(self.net):  # known to, and h₀ is that of each batch by itself
+            return True
+        other = seed.batches[1][0] if seed.batches.steps > 1 else seed.batches[0][0][:1]
+        among = torch.cat([inputs[0], other.to(inputs.dtype)])[None]
+        again = self._batched({name: t[:1] for name, t in self.parameters.items()}, among, shared=False)
+        difference = (again[:, : outputs.shape[1]] - outputs).abs().max()
+        # Far above what a sum in another order makes, far below what a mean over other samples does.
+        return not bool(difference > torch.finfo(outputs.dtype).eps ** (1 / 3) * outputs.abs().max())
 
     @property
     def shared(self) -> bool:
@@ -270,28 +305,31 @@ class Stack:
     def scores(self) -> list[tuple[float, float]]:
         """Held-out accuracy and loss of each run; the network is put in evaluation mode for it."""
         samples = [self.seeds[seed].held_out() for seed in self._distinct]
-        training = self.net.training
-        self.net.eval()
         accuracy, loss = torch.zeros_like(self._gammas), torch.zeros_like(self._gammas)
         count = len(samples[0][1])
-        for start in range(0, count, HELD_OUT_SLICE):
-            parts = [[tensor[start : start + HELD_OUT_SLICE] for tensor in sample] for sample in samples]
-            inputs, targets, frozen = self._gather(parts)
-            output = (self.outputs(inputs) - frozen) / self._gammas.view(-1, 1, 1)
-            share = targets.shape[-1] / count
-            accuracy += share * stacked_hits(output, targets).to(accuracy.dtype).mean(-1)
-            loss += share * stacked_loss(self.recipe.loss, output, targets)
-        self.net.train(training)
+        with evaluating(self.net):
+            for start in range(0, count, HELD_OUT_SLICE):
+                parts = [[tensor[start : start + HELD_OUT_SLICE] for tensor in sample] for sample in samples]
+                inputs, targets, frozen = self._gather(parts)
+                output = (self.outputs(inputs) - frozen) / self._gammas.view(-1, 1, 1)
+                share = targets.shape[-1] / count
+                accuracy += share * stacked_hits(output, targets).to(accuracy.dtype).mean(-1)
+                loss += share * stacked_loss(self.recipe.loss, output, targets)
         return list(zip(accuracy.tolist(), loss.tolist(), strict=True))
 
 
 def _check_fixed(seeds: Seeds, runs: list[Run], fixed: dict[str, Tensor]) -> None:
-    for seed in {run.seed for run in runs}:
-        for name, tensor in fixed.items():
-            if not torch.equal(seeds[seed].initial[name], tensor):
+    """A stack has one copy of what isn't trained, so all its seeds must agree on it."""
+    buffers = dict(seeds[runs[0].seed].net.named_buffers())
+    for seed in {run.seed for run in runs[1:]}:
+        made = seeds[seed]
+        theirs = dict(made.net.named_buffers())
+        for name, tensor in {**fixed, **buffers}.items():
+            if not torch.equal(theirs[name] if name in buffers else made.initial[name], tensor):
+                what = f"buffer {name!r} is" if name in buffers else f"parameter {name!r} is frozen but"
                 raise CannotStackError(
-                    f"parameter {name!r} is frozen but drawn anew for each seed, which a stack of several seeds can't "
-                    "hold; make it the same for all seeds, or give one_at_a_time=True"
+                    f"{what} drawn anew for each seed, which a stack of several seeds can't hold; "
+                    "make it the same for all seeds, or give one_at_a_time=True"
                 )
 
 
@@ -343,10 +381,9 @@ def check_forward(stack: Stack) -> None:
         where = f"{name or 'the network'} ({type(module).__name__})"
         handles.append(module.register_forward_pre_hook(lambda *_, where=where: inside.append(where)))
         handles.append(module.register_forward_hook(lambda *_: inside.pop() and None))
-    inputs, _, _ = stack.batch()
+    stack.batch()
     try:
-        with torch.no_grad():
-            stack.outputs(inputs)
+        apart = stack.try_forward()
     except (RuntimeError, ValueError, TypeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -358,3 +395,8 @@ def check_forward(stack: Stack) -> None:
     finally:
         for handle in handles:
             handle.remove()
+    if not apart:
+        raise CannotStackError(
+            "the network's output for a sample depends on the other samples passed with it, so h₀ can't be computed "
+            "for many batches at once; give one_at_a_time=True"
+        )

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from gammaopt._errors import UsageError, at_least, positive
 from gammaopt._laws import SMALLEST_FLOAT32_GAMMA
-from gammaopt.online._checkpoint import Scores, restore, save
+from gammaopt.online._checkpoint import Scores, restore, save, saved_runs
 from gammaopt.online._graph import Stepper
 from gammaopt.online._stack import CannotStackError, Seeds, Stack, Traces, check_forward
 from gammaopt.online.record import RunRecord
-from gammaopt.online.train import FAMILIES, LOOK_EVERY, Recipe, Run, first_bad, summarise, train
+from gammaopt.online.train import FAMILIES, LOOK_EVERY, Recipe, Run, first_bad, seeded, summarise, train
 
 STACK_BYTES = 32 * 2**20  # parameters, gradients and states of a stack: about a processor's last-level cache
 ALONE_BYTES = 2**20  # a run that has this much of its own fills the processor by itself
@@ -41,10 +41,17 @@ class StopTraining(Exception):  # noqa: N818 - not an error
 
 
 class Progress(NamedTuple):
-    """How far :func:`train_many` is, in run-steps: one step of one run. A diverged run's remaining steps count."""
+    """How far :func:`train_many` is, in run-steps: one step of one run. A diverged run's remaining steps count.
+
+    Attributes:
+        done: run-steps behind us.
+        total: run-steps of the whole call.
+        restored: those of ``done`` that an earlier call took: they came from its checkpoint.
+    """
 
     done: int
     total: int
+    restored: int = 0
 
 
 def train_many(
@@ -97,11 +104,12 @@ def train_many(
     if len(set(runs)) < len(runs):
         twice = next(run for i, run in enumerate(runs) if run in runs[:i])
         raise UsageError(f"the run γ={twice.gamma:g}, lr={twice.lr:g}, seed={twice.seed} is given twice; drop one")
-    ends = _check_budgets(budgets, recipe.steps)
+    ends = check_budgets(budgets, recipe.steps)
     if stack is not None:
         at_least("stack", stack, 1)
     seconds = CHECKPOINT_SECONDS if checkpoint_seconds is None else checkpoint_seconds
-    progress = _Progress(len(runs) * recipe.steps, on_progress)
+    each = sum(ends) if one_at_a_time else ends[-1]  # one run's steps: a run alone is trained anew for each budget
+    progress = _Progress(len(runs) * each, on_progress)
     results: dict[Run, list[RunRecord]] = {}
 
     def finish(run: Run, records: list[RunRecord]) -> None:
@@ -109,29 +117,29 @@ def train_many(
         if on_done is not None:
             on_done(run, records)
 
-    if one_at_a_time:
-        seeds = _seeds(recipe, shared)
-        for run in runs:
-            batches = seeds.batches(run.seed)
-            cut = [dataclasses.replace(recipe, steps=end) for end in ends]
-            finish(run, [train(part, **run._asdict(), batches=batches) for part in cut])
-            seeds.forget(but=KEPT_SEEDS)
-            progress.add(recipe.steps)
-    else:
-        for dtype, members in _by_dtype(recipe, runs):
-            seeds = _seeds(dataclasses.replace(recipe, dtype=dtype), shared)
-            queue = _stacks(seeds, members, stack)
-            while queue:
-                part = queue.pop(0)
-                try:
-                    _train_stack(seeds, part, ends, (checkpoint, seconds), finish, progress)
-                except torch.OutOfMemoryError:
-                    if len(part) == 1:
-                        raise
-                    torch.cuda.empty_cache()
-                    half = (len(part) + 1) // 2
-                    queue = [part[:half], part[half:], *queue]
-                    progress.rewind()
+    for dtype, members in _by_dtype(recipe, runs):
+        seeds = _seeds(dataclasses.replace(recipe, dtype=dtype), shared)
+        if one_at_a_time:
+            for run in members:
+                batches = seeds.batches(run.seed)
+                cut = [dataclasses.replace(seeds.recipe, steps=end) for end in ends]
+                finish(run, [train(part, **run._asdict(), batches=batches) for part in cut])
+                seeds.forget(but=KEPT_SEEDS)
+                progress.add(each)
+            continue
+        queue = _stacks(seeds, members, stack, checkpoint)
+        while queue:
+            part = queue.pop(0)
+            try:
+                _train_stack(seeds, part, ends, (checkpoint, seconds), finish, progress)
+                seeds.forget(but=KEPT_SEEDS)
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+                torch.cuda.empty_cache()
+                half = (len(part) + 1) // 2
+                queue = [part[:half], part[half:], *queue]
+                progress.rewind()
     return [record for run in runs for record in results[run]]
 
 
@@ -139,7 +147,8 @@ def _seeds(recipe: Recipe, shared: Seeds | None) -> Seeds:
     return shared if shared is not None and shared.recipe == recipe else Seeds(recipe)
 
 
-def _check_budgets(budgets: Sequence[int], steps: int) -> list[int]:
+def check_budgets(budgets: Sequence[int], steps: int) -> list[int]:
+    """The budgets in ascending order, each once; only ``steps`` if there are none."""
     ends = sorted({at_least("budget", budget, 1) for budget in budgets} or {steps})
     if ends[-1] > steps:
         raise UsageError(f"budget={ends[-1]} is more than the recipe's steps={steps}; give at most {steps}")
@@ -155,8 +164,15 @@ def _by_dtype(recipe: Recipe, runs: list[Run]) -> Iterator[tuple[torch.dtype, li
         yield torch.float64, exact
 
 
-def _stacks(seeds: Seeds, runs: list[Run], size: int | None) -> list[list[Run]]:
-    """Runs in stacks of about equal size, those of a seed side by side: they share their batches."""
+def _stacks(seeds: Seeds, runs: list[Run], size: int | None, checkpoint: Path | None) -> list[list[Run]]:
+    """Runs in stacks of about equal size, those of a seed side by side: they share their batches.
+
+    The runs of a checkpoint come first, as the stack that they were: it goes on, whatever runs were added since.
+    """
+    begun = [] if checkpoint is None else saved_runs(checkpoint)
+    if begun and set(begun) <= set(runs) and len(begun) <= (size or len(begun)):
+        rest = [run for run in runs if run not in set(begun)]
+        return [begun, *(_stacks(seeds, rest, size, None) if rest else [])]
     runs = sorted(runs, key=lambda run: run.seed)
     count = math.ceil(len(runs) / (size or _stack_size(seeds, runs)))
     bounds = [round(i * len(runs) / count) for i in range(count + 1)]
@@ -191,7 +207,6 @@ def together(recipe: Recipe, seed: int = 0) -> int:
 
 def bytes_per_run(recipe: Recipe) -> int:
     """What one run of a stack has of its own: parameters, gradients, optimizer states and saved activations."""
-    net = recipe.build().to(recipe.dtype)
     inputs, _ = recipe.stream.batches(0, 0, 1, recipe.batch_size)
     kept: dict[int, int] = {}
 
@@ -199,7 +214,9 @@ def bytes_per_run(recipe: Recipe) -> int:
         kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+    with seeded(recipe.device, 0), hooks:  # the caller's generator is left as it is
+        net = recipe.build().to(recipe.dtype)
         output = net(inputs[0].to(recipe.dtype))
     for parameter in net.parameters():
         kept.pop(parameter.data_ptr(), None)
@@ -214,18 +231,19 @@ def _state_bytes(recipe: Recipe, net: nn.Module) -> int:
 
 class _Progress:
     def __init__(self, total: int, tell: Callable[[Progress], object] | None) -> None:
-        self._done, self._kept, self._total, self._tell = 0, 0, total, tell
+        self._now, self._kept, self._tell = Progress(0, total), Progress(0, total), tell
 
-    def add(self, run_steps: int) -> None:
-        self._done += run_steps
+    def add(self, run_steps: int, *, restored: bool = False) -> None:
+        done, total, before = self._now
+        self._now = Progress(done + run_steps, total, before + run_steps * restored)
         if self._tell is not None:
-            self._tell(Progress(self._done, self._total))
+            self._tell(self._now)
 
     def keep(self) -> None:
-        self._kept = self._done
+        self._kept = self._now
 
     def rewind(self) -> None:
-        self._done = self._kept
+        self._now = self._kept
 
 
 def _train_stack(
@@ -243,9 +261,9 @@ def _train_stack(
     scores: Scores = {}
     progress.keep()
     if checkpoint is not None:
-        restore(checkpoint, stack, traces, scores)
-        progress.add(stack.step * len(runs))
-    if stack.step == 0 and len(runs) > 1:
+        restore(checkpoint, ends, stack, traces, scores)
+        progress.add(stack.step * len(runs), restored=True)
+    if stack.step == 0:
         check_forward(stack)
     saved, take_step = time.monotonic(), Stepper(stack)
     while stack.step < steps and stack.runs:
@@ -263,16 +281,19 @@ def _train_stack(
             progress.add((stack.step - began) * len(runs))
         except StopTraining:
             if checkpoint is not None:
-                save(checkpoint, runs, stack, traces, scores)
+                save(checkpoint, runs, ends, stack, traces, scores)
             raise
         if checkpoint is not None and time.monotonic() - saved > seconds:
-            save(checkpoint, runs, stack, traces, scores)
+            save(checkpoint, runs, ends, stack, traces, scores)
             saved = time.monotonic()
     progress.add((steps - stack.step) * len(runs))  # all diverged
-    diverged = (0.0, math.nan)
     for run in runs:
         law = seeds[run.seed].plan.law(FAMILIES[recipe.optimizer])
         losses, shares = traces.losses[run], traces.shares[run]
-        finish(run, [summarise(run, end, law, losses, shares, scores.get((run, end), diverged)) for end in ends])
+        records = []
+        for end in ends:
+            score = scores[run, end] if first_bad(losses[:end]) is None else (0.0, math.nan)
+            records.append(summarise(run, end, law, losses, shares, score))
+        finish(run, records)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)

@@ -99,8 +99,24 @@ def test_a_killed_portrait_goes_on(tmp_path: Path, trained: list[Run]) -> None:
     with open(tmp_path / "killed" / "runs.jsonl", "a", encoding="utf-8") as file:
         # Killed while it wrote the two lines of a run: one is whole, one is not.
         file.write(whole.records[0].to_json() + "\n" + whole.records[1].to_json()[:30])
+    trained.clear()
     again = portrait(RECIPE, GRID, tmp_path / "killed", budgets=(10, 30))
     assert again == whole
+    assert len(trained) > 0
+    # The run of the odd line has three lines now: both budgets are there, so it is held.
+    trained.clear()
+    assert portrait(RECIPE, GRID, tmp_path / "killed", budgets=(10, 30)) == whole
+    assert trained == []
+
+
+def test_one_budget_twice_is_not_two_budgets(tmp_path: Path, trained: list[Run]) -> None:
+    grid = Grid((2.0,), (1.0,))
+    whole = portrait(RECIPE, grid, tmp_path, budgets=(10, 30))
+    first = (tmp_path / "runs.jsonl").read_text().splitlines(keepends=True)[0]
+    (tmp_path / "runs.jsonl").write_text(2 * first)
+    trained.clear()
+    assert portrait(RECIPE, grid, tmp_path, budgets=(10, 30)) == whole
+    assert len(trained) == 1
 
 
 KILLED = """
@@ -218,6 +234,8 @@ def test_a_recipe_must_say_what_the_law_needs(tmp_path: Path) -> None:
         portrait(dataclasses.replace(RECIPE, parametrization="as_is"), GRID, tmp_path)
     with pytest.raises(UsageError, match="budget=0"):
         portrait(RECIPE, GRID, tmp_path, budgets=(0,))
+    with pytest.raises(UsageError, match="budget=31 is more than the recipe's steps=30"):
+        portrait(RECIPE, GRID, tmp_path, budgets=(31,))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,19 @@ from torch import Tensor, nn
 from gammaopt._errors import UsageError
 from gammaopt._laws import Loss
 from gammaopt._plan import Parametrization
-from gammaopt.online import CNN, MLP, Digits, Recipe, Run, RunRecord, Staircase, ensemble, train, train_many
+from gammaopt.online import (
+    CNN,
+    MLP,
+    Digits,
+    Recipe,
+    Run,
+    RunRecord,
+    Staircase,
+    _checkpoint,
+    ensemble,
+    train,
+    train_many,
+)
 from gammaopt.online import _stack as stack_module
 from gammaopt.online.train import OptimizerName
 
@@ -53,8 +65,13 @@ def assert_same(many: list[RunRecord], ones: list[RunRecord], tolerance: float) 
 def test_together_as_one_by_one_in_float64(loss: Loss, optimizer: OptimizerName, momentum: float) -> None:
     recipe = dataclasses.replace(RECIPE, loss=loss, optimizer=optimizer, momentum=momentum)
     scale = 1.0 if optimizer == "sgd" else 0.1
+    bad = Run(1.0, 1e6, 3)  # in the midst, so that the others' states move up when it leaves
     runs = [Run(run.gamma, run.lr * scale, run.seed) for run in RUNS]
-    assert_same(train_many(recipe, runs), one_by_one(recipe, runs), 1e-12)
+    runs.insert(5, bad)
+    many = train_many(recipe, runs)
+    assert_same(many, one_by_one(recipe, runs), 1e-12)
+    assert 0 < (many[5].diverged_at or 0) <= 50
+    assert all(record.diverged_at is None for record in many if record is not many[5])
 
 
 @pytest.mark.parametrize("stack", [1, 2, 5, None])
@@ -123,6 +140,10 @@ def test_small_gamma_alone_is_trained_in_float64() -> None:
     many = train_many(recipe, [small, large])
     assert_same(many[:1], one_by_one(dataclasses.replace(recipe, dtype=torch.float64), [small]), 1e-12)
     assert_same(many[1:], one_by_one(recipe, [large]), 1e-5)
+    assert train_many(recipe, [small, large], one_at_a_time=True) == [
+        *one_by_one(dataclasses.replace(recipe, dtype=torch.float64), [small]),
+        *one_by_one(recipe, [large]),
+    ]
 
 
 def test_frozen_output_is_computed_once_for_a_seed_and_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +195,7 @@ def test_a_stopped_stack_goes_on_where_it_was(
     assert again == whole
     assert 0 < steps <= 0.5 * recipe.steps
     assert told[-1].done == told[-1].total
+    assert told[0].restored == told[0].done == told[-1].restored >= 0.5 * told[-1].total
     assert list(tmp_path.iterdir()) == []
 
 
@@ -190,6 +212,101 @@ def test_a_checkpoint_of_other_runs_is_not_used(tmp_path: Path, monkeypatch: pyt
     assert train_many(RECIPE, RUNS[2:4], checkpoint=path) == train_many(RECIPE, RUNS[2:4])
 
 
+def stopped(recipe: Recipe, runs: list[Run], path: Path, budgets: tuple[int, ...] = ()) -> None:
+    def stop(progress: ensemble.Progress) -> None:
+        if 0.5 * progress.total < progress.done:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        train_many(recipe, runs, budgets=budgets, checkpoint=path, on_progress=stop)
+    assert path.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "budgets"),
+    [
+        ({}, (5, 20)),
+        ({"build": partial(MLP, 144, 10, width=8)}, (20,)),
+        ({"depth": 4.0}, (20,)),
+        ({"parametrization": "as_is", "knee": 2.0}, (20,)),
+        ({"base": partial(MLP, 144, 10, width=4)}, (20,)),
+    ],
+    ids=["budgets", "width", "depth", "knee", "base"],
+)
+def test_a_checkpoint_of_the_same_runs_but_another_network_law_or_budgets_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], budgets: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(ensemble, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(ensemble, "LOOK_EVERY", 4)
+    plain = dataclasses.replace(RECIPE, steps=20)
+    if {"base", "knee"} & set(changes):
+        plain = dataclasses.replace(plain, parametrization="as_is", knee=1.0)
+    stopped(plain, RUNS[:2], path := tmp_path / "stack.pt", (20,))
+    other = dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+    told: list[ensemble.Progress] = []
+    again = train_many(other, RUNS[:2], budgets=budgets, checkpoint=path, on_progress=told.append)
+    assert again == train_many(other, RUNS[:2], budgets=budgets)
+    assert told[-1].restored == 0
+
+
+def test_a_grown_set_of_runs_goes_on_with_the_stack_of_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ensemble, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(ensemble, "LOOK_EVERY", 10)
+    stopped(RECIPE, RUNS[2:5], path := tmp_path / "stack.pt")
+    told: list[ensemble.Progress] = []
+    assert_same(
+        train_many(RECIPE, RUNS[:6], checkpoint=path, on_progress=told.append), train_many(RECIPE, RUNS[:6]), 1e-12
+    )
+    assert told[-1].restored >= 3 * 20
+    assert not path.exists()
+
+
+def test_restored_traces_are_on_the_host_wherever_the_stack_is(tmp_path: Path) -> None:
+    path, ends = tmp_path / "stack.pt", [60]
+    stack, traces = stack_module.Stack(stack_module.Seeds(RECIPE), RUNS[:2]), stack_module.Traces(RUNS[:2], 60)
+    traces.add(*stack.train_step())
+    traces.look(stack.runs)
+    _checkpoint.save(path, RUNS[:2], ends, stack, traces, {})
+    moved: list[Tensor] = []
+
+    class Moving(Tensor):
+        """Stands for a tensor on an accelerator."""
+
+        def cpu(self, *_: object) -> Tensor:  # type: ignore[override]
+            moved.append(self)
+            return self.as_subclass(Tensor)
+
+    content = torch.load(path, weights_only=True)
+    for name in ("losses", "shares"):
+        content[name] = [trace.as_subclass(Moving) for trace in content[name]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "load", lambda *_, **__: content)
+        _checkpoint.restore(path, ends, stack, traces, {})
+    assert len(moved) == 4
+    assert all(type(trace) is Tensor for trace in [*traces.losses.values(), *traces.shares.values()])
+
+
+def test_progress_counts_to_the_longest_budget_and_one_at_a_time_every_budget() -> None:
+    for alone, each in ((False, 20), (True, 30)):
+        told: list[ensemble.Progress] = []
+        train_many(RECIPE, RUNS[:2], budgets=(10, 20), one_at_a_time=alone, on_progress=told.append)
+        assert told[-1] == ensemble.Progress(2 * each, 2 * each)
+
+
+def test_seeds_of_finished_stacks_are_forgotten() -> None:
+    seeds = stack_module.Seeds(recipe := dataclasses.replace(RECIPE, steps=2))
+    train_many(recipe, [Run(1.0, 0.1, seed) for seed in range(7)], stack=1, shared=seeds)
+    assert list(seeds._made) == list(seeds._batches) == [3, 4, 5, 6]
+
+
+def test_bytes_per_run_leaves_the_callers_generator_alone() -> None:
+    before = torch.get_rng_state()
+    assert ensemble.bytes_per_run(RECIPE) > 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     path = tmp_path / "stack.pt"
     path.write_bytes(b"nonsense")
@@ -203,16 +320,17 @@ def test_out_of_memory_halves_the_stack_and_goes_on(monkeypatch: pytest.MonkeyPa
 
     def limited(self: stack_module.Stack) -> tuple[Tensor, Tensor]:
         sizes.append(len(self.runs))
-        if len(self.runs) > 4 or (len(self.runs) == 4 and self.step == 30):
+        if len(self.runs) > 6 or (len(self.runs) == 6 and self.step == 30):
             raise torch.OutOfMemoryError("too much")
         return step(self)
 
+    monkeypatch.setattr(ensemble, "LOOK_EVERY", 10)  # so that steps were told that are taken again
     whole = train_many(RECIPE, RUNS)
     monkeypatch.setattr(stack_module.Stack, "train_step", limited)
     told: list[ensemble.Progress] = []
     assert_same(train_many(RECIPE, RUNS, on_progress=told.append), whole, 1e-12)
     assert set(sizes) >= {12, 6, 3}
-    assert told[-1].done == told[-1].total
+    assert max(progress.done for progress in told) == told[-1].done == told[-1].total
 
 
 class Branching(nn.Module):
@@ -249,6 +367,67 @@ def test_a_module_that_cannot_be_stacked_is_named_and_runs_one_at_a_time(module:
     named = rf"2 \({type(module).__name__}\) {message}.*one_at_a_time=True"
     with pytest.raises(UsageError, match=named):
         train_many(recipe, RUNS[:2])
+
+
+class Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+class Drawn(nn.Module):
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.rand(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.mask
+
+
+class Doubling(nn.Module):
+    """Another function in evaluation than in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training else 2 * x
+
+
+def with_module(make: Callable[[], nn.Module], **changes: object) -> Recipe:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(144, 16), make(), nn.ReLU(), nn.Linear(16, 10))
+
+    return dataclasses.replace(RECIPE, build=build, parametrization="as_is", steps=5, **changes)  # type: ignore[arg-type]
+
+
+def test_batch_statistics_are_those_of_each_batch_and_slice() -> None:
+    recipe = with_module(lambda: nn.BatchNorm1d(16, track_running_stats=False))
+    assert_same(train_many(recipe, RUNS[:4]), one_by_one(recipe, RUNS[:4]), 1e-12)
+
+
+@pytest.mark.parametrize("changes", [{}, {"dtype": torch.float32}, {"steps": 1}])
+def test_a_module_of_its_own_that_mixes_samples_is_refused(changes: dict[str, object]) -> None:
+    recipe = dataclasses.replace(with_module(Centred), **changes)  # type: ignore[arg-type]
+    for stack in (1, 2):
+        with pytest.raises(UsageError, match=r"depends on the other samples passed with it.*one_at_a_time=True"):
+            train_many(recipe, RUNS[1:3], stack=stack)
+
+
+@pytest.mark.parametrize("module", [Branching, Counting])
+def test_a_stack_of_one_is_checked_too(module: Callable[[], nn.Module]) -> None:
+    with pytest.raises(UsageError, match=r"can't be run for several networks at once"):
+        train_many(with_module(module), RUNS[:1])
+
+
+def test_buffers_drawn_for_each_seed_are_refused_but_for_one_seed() -> None:
+    recipe = with_module(Drawn)
+    with pytest.raises(UsageError, match=r"buffer '2\.mask' is drawn anew for each seed"):
+        train_many(recipe, RUNS[:2])
+    assert_same(train_many(recipe, RUNS[:4:2]), one_by_one(recipe, RUNS[:4:2]), 1e-12)
+
+
+def test_held_out_outputs_at_the_start_are_those_in_evaluation_mode() -> None:
+    recipe = with_module(Doubling)
+    assert_same(train_many(recipe, RUNS[:2]), one_by_one(recipe, RUNS[:2]), 1e-12)
 
 
 def test_one_at_a_time_runs_batch_norm_as_it_is() -> None:

@@ -17,6 +17,7 @@ import pytest
 from gammaopt.cli import main
 from gammaopt.tuning import StudyPlan, TuneResult, tune
 from gammaopt.tuning._state import read_folder
+from gammaopt.tuning._tune import RIVAL_OCTAVES
 
 PLAN = StudyPlan("digits", steps=20, trials=6, seeds=2, confirm_seeds=3)
 
@@ -125,7 +126,7 @@ def test_confirm_on_more_seeds_trains_those_only_and_keeps_them(
     assert found["confirm"]["seeds"] == list(replace(PLAN, confirm_seeds=5).fresh_seeds)
     assert found["confirm"]["differences"][:3] == list(study.result.confirm.differences)
     chosen = {(arm.gamma, arm.lr) for arm in study.result.arms.values()}
-    assert len(read_folder(copied).runs) == runs + 2 * len(chosen)
+    assert len(read_folder(copied).runs) == runs + 2 * (len(chosen) + len(RIVAL_OCTAVES))
     assert (copied / "confirm-5.html").exists()
     # The study itself is what it was.
     assert replace(tune(PLAN, copied), command=study.result.command) == study.result

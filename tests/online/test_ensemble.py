@@ -274,7 +274,7 @@ def test_restored_traces_are_on_the_host_wherever_the_stack_is(tmp_path: Path) -
     class Moving(Tensor):
         """Stands for a tensor on an accelerator."""
 
-        def cpu(self, *_: object) -> Tensor:  # type: ignore[override]
+        def cpu(self, *_: object) -> Tensor:
             moved.append(self)
             return self.as_subclass(Tensor)
 

@@ -127,7 +127,7 @@ def stopped_over(path: Path) -> None:
     from gammaopt.online._stack import Seeds, Stack, Traces
 
     stack = Stack(Seeds(PLAN.recipe()), [RUN])
-    save(path, [RUN], stack, Traces([RUN], PLAN.recipe().steps), {})
+    save(path, [RUN], [PLAN.recipe().steps], stack, Traces([RUN], PLAN.recipe().steps), {})
 
 
 @pytest.mark.parametrize("keep", [0, 10, 5000])

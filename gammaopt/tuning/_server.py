@@ -136,16 +136,27 @@ for _name in _CALLS:
 
 
 def _is_away(error: Exception) -> bool:
-    """Whether the server could not be reached, broke off, or asks for another try: all are OperationalErrors."""
+    """Whether the server could not be reached, broke off, or asks for another try: all are OperationalErrors.
+
+    One of these that Optuna answers with another query on the same transaction ends as a PendingRollbackError. Optuna
+    has rolled back by the time that it gets here, so another try begins on a new connection.
+    """
+    cause = _cause(error)
+    away = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.PendingRollbackError)
+    return isinstance(cause, away) or bool(getattr(cause, "connection_invalidated", False))
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What the driver said first, under what was said about it."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-    return isinstance(cause, (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)) or bool(
-        getattr(cause, "connection_invalidated", False)
-    )
+    if isinstance(cause, sqlalchemy.exc.PendingRollbackError) and cause.__context__ is not None:
+        return cause.__context__
+    return cause or error
 
 
 def reason_of(error: Exception) -> str:
     """The driver's own words, one line."""
-    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    cause = _cause(error)
     words = str(getattr(cause, "orig", None) or cause).strip().splitlines()
     return words[0].rstrip(".") if words else type(cause).__name__
 

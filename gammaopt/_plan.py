@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
+from gammaopt._errors import rate
 from gammaopt._laws import EtaLaw, Loss, OptimizerFamily
 from gammaopt._residual import DepthRule
 from gammaopt._roles import Rule
@@ -129,7 +130,12 @@ class Plan:
         return 1.0 + zlib.crc32(" ".join(f"{factor:.4g}" for factor in factors).encode()) / 2**32
 
     def table(self, lr: float = 1.0, optimizer: OptimizerFamily = "sgd") -> str:
-        """The plan as text: parameter, shape, role, multiplier, effective rate ``lr``·multiplier."""
+        """The plan as text: parameter, shape, role, multiplier, effective rate ``lr``·multiplier.
+
+        Raises:
+            UsageError: for an ``lr`` that is negative or not finite.
+        """
+        lr = rate("lr", lr)
         law = self.law(optimizer)
         rows = [("parameter", "shape", "role", "multiplier", "effective rate")]
         for rule, multiplier in zip(self.rules, self.multipliers(optimizer).values(), strict=True):

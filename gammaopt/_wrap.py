@@ -162,6 +162,9 @@ def unwrap(model: Net) -> Net:
     All that :func:`wrap` added is gone, the factor of a ``residual=`` rule on the branches included: a network trained
     at m ≠ 1 computes something else without it. :func:`fold` keeps the function instead.
 
+    An optimizer of gammaopt that was built for the wrapped model refuses to step the plain one, whose rates are others,
+    until it is wrapped again: then it follows the new plan. Build one of ``torch.optim`` to train on without γ.
+
     Raises:
         UsageError: if ``model`` is not wrapped.
     """

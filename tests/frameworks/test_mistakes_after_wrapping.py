@@ -170,19 +170,31 @@ class Odd(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h: torch.Tensor = self.layer(x)
-        return h.mean() if self.kind == "scalar" else h[:0]
+        return h.mean() if self.kind == "scalar" else h[:, :0] if self.kind == "unitless" else h[:0]
 
 
 def test_empty_and_scalar_outputs() -> None:
     for kind, line in [
         ("scalar", r"^Odd returns a scalar, not an output for each sample; if that is a loss, compute it from the mod"),
         ("empty", r"^Odd returns an empty tensor of shape \(0, 3\); give a batch with samples$"),
+        ("unitless", r"^Odd returns an empty tensor of shape \(2, 0\); give its output at least one unit$"),
     ]:
         with pytest.raises(UsageError, match=line):
             wrap(Odd(kind), 1.0, example_inputs=torch.ones(2, 6))
     model = wrap(Odd("empty"), 1.0, depth=1)
     with pytest.raises(UsageError, match=r"^GammaOdd returns an empty tensor of shape \(0, 3\)"):
         model(torch.ones(2, 6))
+
+
+def test_a_list_of_example_inputs() -> None:
+    x = torch.ones(2, 6)
+    line = (
+        r"^example inputs of \[shape \(2, 6\) float32\] do not fit Net: .*; a list is passed as one argument: give a "
+        r"tensor, or a tuple of the positional arguments$"
+    )
+    with pytest.raises(UsageError, match=line):
+        wrap(Net(), 1.0, example_inputs=[x])  # type: ignore[arg-type]
+    assert wrap(Net(), 1.0, example_inputs=(x,)) is not None
 
 
 def test_all_parameters_frozen() -> None:

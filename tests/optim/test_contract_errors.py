@@ -103,9 +103,7 @@ BAD_RATES = [-1e-3, float("nan"), float("inf"), "0.1"]
 
 @pytest.mark.parametrize("lr", BAD_RATES)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_bad_rate_of_one_group_is_refused_when_it_is_added_and_when_it_is_written(
-    name: str, lr: Any
-) -> None:
+def test_a_bad_rate_of_one_group_is_refused_when_it_is_added_and_when_it_is_written(name: str, lr: Any) -> None:
     """Torch checks the constructor's lr only, and would step with these."""
     model, x, y = model_and_data()
     first, *rest = model.parameters()

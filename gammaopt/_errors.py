@@ -38,6 +38,11 @@ def positive(name: str, value: float) -> float:
     return number
 
 
+def rate(name: str, value: float) -> float:
+    """Return ``value`` as a float, or raise :class:`UsageError` unless it is finite and ≥ 0: schedulers write 0."""
+    return 0.0 if not isinstance(value, (str, bool)) and value == 0 else positive(name, value)
+
+
 def at_least(name: str, value: int, minimum: int) -> int:
     """Return ``value``, or raise :class:`UsageError` unless it is an integer >= ``minimum``."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):

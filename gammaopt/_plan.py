@@ -32,10 +32,13 @@ form's rates are tested here against that form written out.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
+from gammaopt._errors import rate
 from gammaopt._laws import EtaLaw, Loss, OptimizerFamily
 from gammaopt._residual import DepthRule
 from gammaopt._roles import Rule
@@ -113,8 +116,26 @@ class Plan:
         base = _mean_field(self.base.rules[rule.name], self.base.width, optimizer, adjust_lr_fn)
         return Scale(target.lr / base.lr, target.eps / base.eps)
 
+    @cached_property
+    def fingerprint(self) -> float:
+        """A number that tells these width factors from those of another base or of other roles.
+
+        0 where the width changes no rate, else from 1 to 2: small enough for a half-precision checkpoint. Kept, because
+        every ``state_dict()`` asks for it.
+        """
+        families: tuple[OptimizerFamily, ...] = ("sgd", "adam")
+        factors = [self._width_factors(rule, family, None).lr for family in families for rule in self.rules]
+        if all(factor == 1 for factor in factors):
+            return 0.0
+        return 1.0 + zlib.crc32(" ".join(f"{factor:.4g}" for factor in factors).encode()) / 2**32
+
     def table(self, lr: float = 1.0, optimizer: OptimizerFamily = "sgd") -> str:
-        """The plan as text: parameter, shape, role, multiplier, effective rate ``lr``·multiplier."""
+        """The plan as text: parameter, shape, role, multiplier, effective rate ``lr``·multiplier.
+
+        Raises:
+            UsageError: for an ``lr`` that is negative or not finite.
+        """
+        lr = rate("lr", lr)
         law = self.law(optimizer)
         rows = [("parameter", "shape", "role", "multiplier", "effective rate")]
         for rule, multiplier in zip(self.rules, self.multipliers(optimizer).values(), strict=True):

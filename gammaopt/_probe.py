@@ -30,6 +30,8 @@ def describe(inputs: Any) -> str:
     """The shapes in ``inputs``, for error messages."""
     if isinstance(inputs, Tensor):
         return f"shape {tuple(inputs.shape)} {str(inputs.dtype).removeprefix('torch.')}"
+    if isinstance(inputs, list):
+        return "[" + ", ".join(describe(item) for item in inputs) + "]"
     if isinstance(inputs, tuple):
         return "(" + ", ".join(describe(item) for item in inputs) + ")"
     if isinstance(inputs, Mapping):
@@ -57,7 +59,9 @@ def select(returned: Any, output: Output | None, model: nn.Module) -> Tensor:
         fix = "output= says which part it is" if output is None else "give another output="
         raise UsageError(f"{name} returns a {_kind(found)}; f = (h − h₀)/γ needs one floating-point tensor: {fix}")
     if found.numel() == 0:
-        raise UsageError(f"{name} returns an empty tensor of shape {tuple(found.shape)}; give a batch with samples")
+        samples = bool(found.dim() and found.shape[0])
+        fix = "give its output at least one unit" if samples else "give a batch with samples"
+        raise UsageError(f"{name} returns an empty tensor of shape {tuple(found.shape)}; {fix}")
     return found
 
 
@@ -121,9 +125,12 @@ def probe(model: nn.Module, inputs: Inputs, output: Output | None = None) -> Ten
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        fix = "give one batch of tensors in the shape and dtype that the model takes"
+        given: Any = inputs
+        if isinstance(given, list):  # some models do take one
+            fix = "a list is passed as one argument: give a tensor, or a tuple of the positional arguments"
         raise UsageError(
-            f"example inputs of {describe(inputs)} do not fit {type(model).__name__}: {reason}; "
-            "give one batch of tensors in the shape and dtype that the model takes"
+            f"example inputs of {describe(inputs)} do not fit {type(model).__name__}: {reason}; {fix}"
         ) from error
     found = select(returned, output, model)
     if found.dim() == 0:

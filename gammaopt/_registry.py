@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Keyed by id, not by the module: a module may define __eq__ and so be unhashable.
 _version = 0
 _live: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+# Parameters whose model was unwrapped and not wrapped since, by id too: tensors compare by element.
+_unwrapped: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Owner:
 def register(model: nn.Module) -> None:
     """Remember a wrapped model for as long as it lives."""
     _live[id(model)] = model
+    for parameter in model.parameters():
+        _unwrapped.pop(id(parameter), None)
 
 
 def version() -> int:
@@ -49,8 +53,15 @@ def changed() -> None:
 
 
 def forget(model: nn.Module) -> None:
-    """Drop a model that is no longer wrapped."""
+    """Drop a model that is no longer wrapped; an optimizer that still steps it is told."""
     _live.pop(id(model), None)
+    _unwrapped.update((id(parameter), parameter) for parameter in model.parameters())
+    changed()
+
+
+def was_unwrapped(parameter: Tensor) -> bool:
+    """Whether the model that holds this parameter was unwrapped, and not wrapped again since."""
+    return _unwrapped.get(id(parameter)) is parameter
 
 
 def owners(parameters: Sequence[Tensor]) -> list[Owner | None]:

@@ -15,9 +15,10 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from gammaopt._errors import UsageError, one_of
+from gammaopt._errors import UsageError
 
 Role = Literal["weight", "bias", "norm", "embedding", "scalar", "readout weight", "readout bias", "other"]
+STATED = [role for role in get_args(Role) if role != "other"]  # what a user may say: "other" is that nobody knows
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -100,7 +101,8 @@ def rules_for(
     overrides = overrides or {}
     parameters = dict(net.named_parameters())
     for name, role in overrides.items():
-        one_of(f"role for {name!r}", role, get_args(Role))
+        if role not in STATED:
+            raise UsageError(f"unknown role {role!r} for parameter {name!r}; choose one of: {', '.join(STATED)}")
         if name not in parameters:
             raise UsageError(f"roles names {name!r}, which is no parameter of {type(net).__name__}; check the spelling")
     rules = []

@@ -23,7 +23,7 @@ from gammaopt._laws import SMALLEST_FLOAT32_GAMMA, Loss
 from gammaopt._plan import Base, Parametrization, Plan
 from gammaopt._probe import Inputs, Output, measurable, probe, probing, trainable
 from gammaopt._residual import Residual
-from gammaopt._roles import Role, Rule, layers_in_order, rules_for
+from gammaopt._roles import STATED, Role, Rule, layers_in_order, rules_for
 from gammaopt._wrapped import Wrapped, frozen, wrapped_class
 
 Center = Literal["copy", "zero_readout", "none"]
@@ -49,7 +49,9 @@ def wrap(
 
     Returns the same object; its class becomes a subclass of the class it had. θ₀ are the parameters at this call
     (after re-initialisation under ``mean_field``), so f = 0 exactly until the first step. Follow with
-    ``gammaopt.SGD(net.parameters(), lr=…)``, where ``lr`` is the rate tuned at γ = 1.
+    ``gammaopt.SGD(net.parameters(), lr=…)``, where ``lr`` is the rate tuned at γ = 1; it looks the rates up in the
+    wrapped model, which must still be referenced then. A plain ``torch.optim`` optimizer, built before or after, steps
+    the same parameters at ``lr`` without γ, and nothing says so: it is also what takes :func:`param_groups`.
 
     Args:
         net: the network h.
@@ -161,6 +163,9 @@ def unwrap(model: Net) -> Net:
 
     All that :func:`wrap` added is gone, the factor of a ``residual=`` rule on the branches included: a network trained
     at m ≠ 1 computes something else without it. :func:`fold` keeps the function instead.
+
+    An optimizer of gammaopt that was built for the wrapped model refuses to step the plain one, whose rates are others,
+    until it is wrapped again: then it follows the new plan. Build one of ``torch.optim`` to train on without γ.
 
     Raises:
         UsageError: if ``model`` is not wrapped.
@@ -317,7 +322,8 @@ def _check_rules(net: nn.Module, rules: tuple[Rule, ...]) -> None:
             owner = type(net.get_submodule(rule.name.rpartition(".")[0])).__name__
             raise UsageError(
                 f"parameter {rule.name!r} {rule.shape} of {owner} has no known scaling with width; "
-                f"say its role with roles={{{rule.name!r}: …}}, or wrap with parametrization='as_is'"
+                f"say its role with roles={{{rule.name!r}: …}} (one of: {', '.join(STATED)}), "
+                "or wrap with parametrization='as_is'"
             )
     if not any(rule.role == "readout weight" for rule in rules):
         names = {name for name, _ in net.named_parameters()}

@@ -8,9 +8,7 @@ function, so it is moved, cast, copied, pickled, saved and loaded with the model
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
-import math
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,13 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gammaopt import _distributed, _registry
+from gammaopt import _distributed, _registry, _saved
 from gammaopt._errors import CheckpointError, UsageError
 from gammaopt._plan import Plan
 from gammaopt._probe import Output, replaced, select
-
-THETA0 = "gammaopt_theta0."
-PLAN = "gammaopt_plan"  # γ, depth, knee, m and α: function and rates must be the same after a restart
+from gammaopt._saved import PLAN, THETA0
 
 
 class Wrapped(nn.Module):
@@ -101,17 +97,16 @@ class Wrapped(nn.Module):
 
     @property
     def gammaopt_plan(self) -> Tensor:
-        """γ, depth, knee, and the depth rule's m and α, as in ``state_dict()``.
+        """γ, depth, knee and what else of the plan is in ``state_dict()``, see :mod:`gammaopt._saved`.
 
         May be set, as ``functional_call`` does, at the same γ.
         """
-        plan = self.gammaopt
-        numbers = [plan.gamma, plan.depth, plan.knee, *_depth_rule(plan)]
+        numbers = _saved.numbers(self.gammaopt)
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")  # whatever the default device is
 
     @gammaopt_plan.setter
     def gammaopt_plan(self, value: Tensor) -> None:
-        if not _same(float(value[0]), self.gammaopt.gamma, value.dtype):
+        if not _saved.same(float(value[0]), self.gammaopt.gamma, value.dtype):
             raise UsageError(
                 f"γ = {float(value[0]):g} is not the γ = {self.gammaopt.gamma:g} of this model; wrap it again"
             )
@@ -145,40 +140,16 @@ class Wrapped(nn.Module):
 
         Raises:
             CheckpointError: a ``RuntimeError`` as torch's own, for a checkpoint of a plain network, or of one at
-                another γ, depth or width.
+                another γ, parametrization, base, depth, width or centring. Where γ or the rates differ, the model is
+                left as it was.
         """
+        of_plan, others = _saved.misfit(self, state_dict) if isinstance(state_dict, Mapping) else ([], [])
+        if of_plan:  # before anything is copied into the model
+            raise CheckpointError("\n".join([*of_plan, *others]))
         try:
             return super().load_state_dict(state_dict, *args, **kwargs)
         except RuntimeError as error:
-            raise CheckpointError("\n".join([*self._misfit(state_dict), str(error)])) from None
-
-    def _misfit(self, saved: Mapping[str, Any]) -> list[str]:
-        """In one line why a checkpoint does not fit, if that is plain to see."""
-        here = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
-        there = {name: tuple(tensor.shape) for name, tensor in saved.items() if isinstance(tensor, Tensor)}
-        if not here.keys() & there.keys():  # all names differ: a prefix, or another network
-            return []
-        modules = {name for name, _ in self.named_modules()}
-        ours = (PLAN, THETA0)
-        for name in [*here, *(name for name in there if not name.startswith(ours))]:
-            if name not in there or (name not in here and name.rpartition(".")[0] not in modules):
-                has, lacks = ("model", "checkpoint") if name in here else ("checkpoint", "model")
-                return [
-                    f"the checkpoint was saved at another depth: {name!r} of the {has} is not in the {lacks}; "
-                    "build the net with the checkpoint's layers"
-                ]
-        for name in here:
-            if here[name] != there[name]:
-                return [
-                    f"the checkpoint was saved at another width: {name!r} is {there[name]} there and {here[name]} "
-                    "here; build the net at the checkpoint's width"
-                ]
-        if PLAN not in saved and self._gammaopt_reference is not None:
-            return [
-                f"the checkpoint is of a plain network, without {PLAN!r} and θ₀; "
-                "load it into the net before gammaopt.wrap"
-            ]
-        return []
+            raise CheckpointError("\n".join([*others, str(error)])) from None
 
     def _load_from_state_dict(
         self,
@@ -223,25 +194,11 @@ class Wrapped(nn.Module):
 
     def _adopt(self, saved: Tensor, error_msgs: list[str]) -> None:
         """Take depth and knee from a checkpoint: measured anew on another draw they would give other rates."""
-        plan = self.gammaopt
-        ours = (plan.gamma, plan.depth, plan.knee, *_depth_rule(plan))
-        gamma, depth, knee, ratio, alpha = (
-            mine if _same(value, mine, saved.dtype) else value for value, mine in zip(saved.tolist(), ours, strict=True)
-        )
-        if gamma != self.gammaopt.gamma:
-            error_msgs.append(
-                f"the checkpoint was saved at γ = {gamma:g} and this model is wrapped with "
-                f"γ = {self.gammaopt.gamma:g}; wrap the net with the checkpoint's γ"
-            )
+        lines = _saved.disagreements(saved, self.gammaopt)
+        if lines:
+            error_msgs.extend(lines)
             return
-        if (ratio, alpha) != _depth_rule(self.gammaopt):
-            here = _depth_rule(self.gammaopt)
-            error_msgs.append(
-                f"the checkpoint was saved under a depth rule with m = {ratio:g}, α = {alpha:g} and this model has "
-                f"m = {here[0]:g}, α = {here[1]:g}; wrap the net with the checkpoint's residual="
-            )
-            return
-        self.__dict__["gammaopt"] = dataclasses.replace(self.gammaopt, depth=depth, knee=knee)
+        self.__dict__["gammaopt"] = _saved.adopted(saved, self.gammaopt)
         _registry.changed()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -278,20 +235,8 @@ def frozen(start: nn.Module) -> nn.Module:
     return start
 
 
-def _depth_rule(plan: Plan) -> tuple[float, float]:
-    """m and α; (1, 1) where no rule changes anything."""
-    if plan.residual is None or plan.residual.ratio == 1:
-        return 1.0, 1.0
-    return plan.residual.ratio, plan.residual.alpha
-
-
 def _on_meta(module: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
-
-
-def _same(saved: float, ours: float, dtype: torch.dtype) -> bool:
-    """Equal up to rounding: a checkpoint may be an average of others, or cast to half precision."""
-    return math.isclose(saved, ours, rel_tol=max(1e-12, torch.finfo(dtype).eps))
 
 
 def _rewrapped(plain: nn.Module, ours: dict[str, Any]) -> nn.Module:

@@ -148,7 +148,7 @@ def test_a_small_parameter_whose_name_tells_nothing_is_refused_where_width_matte
         net.register_parameter("w", nn.Parameter(torch.ones(shape)))
         return net
 
-    message = r"parameter 'w' \(.*\) of Sequential has no known scaling .* roles=\{'w': …\}"
+    message = r"parameter 'w' \(.*\) of Sequential has no known scaling .* roles=\{'w': …\} \(one of: weight, bias, "
     with pytest.raises(UsageError, match=message):
         wrap(build(), 1.0, depth=2, parametrization="mean_field")
     with pytest.raises(UsageError, match=message):
@@ -300,5 +300,9 @@ def test_roles_are_stated_where_modules_do_not_tell_and_misspellings_are_named()
     other = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(UsageError, match=r"roles names 'tabel', which is no parameter of Sequential"):
         wrap(other, 1.0, depth=3, roles={"tabel": "embedding"})
-    with pytest.raises(UsageError, match=r"unknown role for '0.weight' 'matrix'"):
+    with pytest.raises(
+        UsageError, match=r"^unknown role 'matrix' for parameter '0.weight'; choose one of: weight, .*readout bias$"
+    ):
         wrap(other, 1.0, depth=3, roles={"0.weight": "matrix"})  # type: ignore[dict-item]
+    with pytest.raises(UsageError, match=r"^unknown role 'other' for parameter '0.weight'"):  # it says nothing
+        wrap(other, 1.0, depth=3, roles={"0.weight": "other"})

@@ -14,7 +14,6 @@ default plan of the task (32 trials of each arm, 3 tuning and 12 fresh seeds) th
 batches, the choice of a cell, γ = 1 at the rates beside it, the paired t intervals and the verdict. Only the training
 is looked up, and Optuna keeps its trials in memory. No γ is better than γ = 1 here, so "confirmed" is a false positive:
 at most 5 % may be. Told beside it: what the share would be if tuned γ had to beat the chosen rate alone.
-Not measured yet.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ group's ``params``: by position, because deepcopy, pickling and sharding replace
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -88,9 +89,22 @@ class Multipliers(Optimizer):
         if not isinstance(lr, Tensor) or lr.numel() == 1:
             positive("lr", float(lr.detach()) if isinstance(lr, Tensor) else lr)
 
+    def _check_group_lr(self, index: int) -> None:
+        """Torch checks the lr of the constructor only; a group's own would be stepped with, negative or NaN.
+
+        0 is allowed: schedulers write it, and a group may be held still. Numbers only: reading a tensor would wait for
+        its device at every step. Not in a compiled step either, which would be compiled anew for each value.
+        """
+        lr = self.param_groups[index]["lr"]
+        if isinstance(lr, Tensor) or torch.compiler.is_compiling():
+            return
+        if isinstance(lr, (str, bool)) or not 0 <= lr < math.inf:
+            raise UsageError(f"lr={lr!r} of param_groups[{index}] is not allowed; give a finite lr >= 0")
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
+            self._check_group_lr(len(self.param_groups) - 1)
             scales = self._resolve(self.param_groups[-1]["params"])
         except BaseException:
             self.param_groups.pop()
@@ -132,7 +146,23 @@ class Multipliers(Optimizer):
                 self._from_law(group["params"], 0)  # refuses what a model that was wrapped since has taken
         elif all(all(_registry.owners(group["params"])) for group in self.param_groups):
             self._scales = [self._owned(group) for group in self.param_groups]
+        else:
+            self._check_still_wrapped()
         self._version = _registry.version()
+
+    def _check_still_wrapped(self) -> None:
+        """Refuse to step a network that was unwrapped: it computes h, whose rates are not those of f.
+
+        Parameters of no model at all, as in a copy of the optimizer alone, keep the rates they had.
+        """
+        for group, scales in zip(self.param_groups, self._scales, strict=False):
+            for parameter, name in zip(group["params"], scales.names, strict=False):
+                if _registry.was_unwrapped(parameter):
+                    raise UsageError(
+                        f"the model of parameter {name!r} was unwrapped since this {type(self).__name__} was built, "
+                        "and its rates are those of the wrapped one; build a torch.optim optimizer for the plain "
+                        "network, or wrap it again"
+                    )
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {"_scales": self._scales, "_law": self._law}
@@ -180,6 +210,8 @@ class Multipliers(Optimizer):
                 f"param_groups hold {held} parameters, but {added} were added; add parameters with "
                 f"add_param_group, and build a new {type(self).__name__} to drop some"
             )
+        for index in range(len(now)):
+            self._check_group_lr(index)
 
     def _before_step(self) -> None:
         """Checks that torch's own class does first."""
@@ -239,7 +271,8 @@ def owned_scales(
         if owner is None:
             raise UsageError(
                 f"parameter {start + index} {tuple(parameter.shape)} belongs to no wrapped model; "
-                "call gammaopt.wrap(net, gamma=…) first, or give gamma= and depth= to the optimizer"
+                "call gammaopt.wrap(net, gamma=…) first and keep the model (one that is referenced nowhere is gone), "
+                "or give gamma= and depth= to the optimizer"
             )
         if id(owner.plan) not in tables:
             tables[id(owner.plan)] = scales_of(owner.plan)

@@ -26,7 +26,9 @@ class SGD(Multipliers, torch.optim.SGD):
 
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused:
-            as in ``torch.optim.SGD``, in the same order. ``lr`` must be > 0 here; a scheduler may set it to 0 later.
+            as in ``torch.optim.SGD``, in the same order. ``lr`` must be > 0 here; a group may have 0 and
+            a scheduler may set it. A number that is negative or not finite is refused at the next step; tensors are
+            not read.
         gamma: feature-learning strength, for parameters of no wrapped model.
         depth: effective depth, together with ``gamma``.
         loss: ``"mse"`` or ``"cross_entropy"``, together with ``gamma``; it matters for γ < 1 only.

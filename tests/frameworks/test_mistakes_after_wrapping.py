@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 from typing import Any
 
 import pytest
@@ -72,6 +74,47 @@ def test_an_optimizer_follows_its_model_when_that_is_wrapped_again() -> None:
     assert min(optimizer.effective_lrs().values()) == pytest.approx(0.3)
 
 
+@pytest.mark.parametrize("undo", ["unwrap", "fold"])
+def test_an_optimizer_of_a_model_that_was_unwrapped_refuses_to_step_the_plain_one(undo: str) -> None:
+    x = torch.ones(2, 6)
+    model = wrap(Net(), 8.0, depth=2, center="none")
+    optimizer = gammaopt.SGD(model.parameters(), lr=0.1)
+    plain = unwrap(model) if undo == "unwrap" else gammaopt.fold(model, x)
+    plain(x).square().mean().backward()
+    before = [parameter.detach().clone() for parameter in plain.parameters()]
+    for look in (optimizer.step, optimizer.effective_lrs, optimizer.step):
+        with pytest.raises(UsageError) as caught:
+            look()
+        assert str(caught.value) == (
+            "the model of parameter 'body.weight' was unwrapped since this SGD was built, and its rates are those of "
+            "the wrapped one; build a torch.optim optimizer for the plain network, or wrap it again"
+        )
+    assert all(torch.equal(a, b) for a, b in zip(before, plain.parameters(), strict=True))
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    wrap(plain, 3.0, depth=2)
+    assert min(optimizer.effective_lrs().values()) == pytest.approx(0.3)
+    optimizer.step()
+
+
+def test_unwrapping_a_copy_leaves_the_models_own_optimizer_alone() -> None:
+    model = wrap(Net(), 8.0, depth=2)
+    optimizer = gammaopt.SGD(model.parameters(), lr=0.1)
+    unwrap(copy.deepcopy(model))
+    model(torch.ones(2, 6)).square().mean().backward()
+    optimizer.step()
+    alone = copy.deepcopy(optimizer)  # of parameters that no model holds
+    unwrap(model)
+    alone.step()
+
+
+def test_a_wrapped_model_that_is_referenced_nowhere_is_named_as_a_cause() -> None:
+    parameters = list(wrap(Net(), 2.0, depth=2).parameters())
+    gc.collect()
+    with pytest.raises(UsageError) as caught:
+        gammaopt.SGD(parameters, lr=0.1)
+    assert "and keep the model (one that is referenced nowhere is gone)" in str(caught.value)
+
+
 def test_a_replaced_head_that_would_broadcast_is_named_when_the_model_is_called() -> None:
     model: Any = wrap(Net(), 2.0, depth=2)
     model.head = nn.Linear(8, 1)
@@ -127,19 +170,31 @@ class Odd(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h: torch.Tensor = self.layer(x)
-        return h.mean() if self.kind == "scalar" else h[:0]
+        return h.mean() if self.kind == "scalar" else h[:, :0] if self.kind == "unitless" else h[:0]
 
 
 def test_empty_and_scalar_outputs() -> None:
     for kind, line in [
         ("scalar", r"^Odd returns a scalar, not an output for each sample; if that is a loss, compute it from the mod"),
         ("empty", r"^Odd returns an empty tensor of shape \(0, 3\); give a batch with samples$"),
+        ("unitless", r"^Odd returns an empty tensor of shape \(2, 0\); give its output at least one unit$"),
     ]:
         with pytest.raises(UsageError, match=line):
             wrap(Odd(kind), 1.0, example_inputs=torch.ones(2, 6))
     model = wrap(Odd("empty"), 1.0, depth=1)
     with pytest.raises(UsageError, match=r"^GammaOdd returns an empty tensor of shape \(0, 3\)"):
         model(torch.ones(2, 6))
+
+
+def test_a_list_of_example_inputs() -> None:
+    x = torch.ones(2, 6)
+    line = (
+        r"^example inputs of \[shape \(2, 6\) float32\] do not fit Net: .*; a list is passed as one argument: give a "
+        r"tensor, or a tuple of the positional arguments$"
+    )
+    with pytest.raises(UsageError, match=line):
+        wrap(Net(), 1.0, example_inputs=[x])  # type: ignore[arg-type]
+    assert wrap(Net(), 1.0, example_inputs=(x,)) is not None
 
 
 def test_all_parameters_frozen() -> None:

@@ -98,6 +98,59 @@ def test_a_rate_that_is_not_positive_is_a_usage_error(name: str, lr: float | Ten
         ours(name)(model.parameters(), lr=lr)
 
 
+BAD_RATES = [-1e-3, float("nan"), float("inf"), "0.1"]
+
+
+@pytest.mark.parametrize("lr", BAD_RATES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bad_rate_of_one_group_is_refused_when_it_is_added_and_when_it_is_written(name: str, lr: Any) -> None:
+    """Torch checks the constructor's lr only, and would step with these."""
+    model, x, y = model_and_data()
+    first, *rest = model.parameters()
+    words = rf"^lr={lr!r} of param_groups\[1\] is not allowed; give a finite lr >= 0$"
+    groups: list[dict[str, Any]] = [{"params": rest}, {"params": [first], "lr": lr}]
+    with pytest.raises(UsageError, match=words):
+        ours(name)(groups, lr=0.1)
+    optimizer = ours(name)(rest, lr=0.1)
+    with pytest.raises(UsageError, match=words):
+        optimizer.add_param_group({"params": [first], "lr": lr})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [first], "lr": 0.0})  # held still
+    (model(x) - y).square().mean().backward()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer.step()
+    assert torch.equal(first, before[0])
+    optimizer.param_groups[1]["lr"] = lr
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for look in (optimizer.step, optimizer.effective_lrs):
+        with pytest.raises(UsageError, match=words):
+            look()
+    assert all(torch.equal(now, then) for now, then in zip(model.parameters(), before, strict=True))
+    assert optimizer.state[first].get("exp_avg") is None or optimizer.state[first]["exp_avg"].isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rates_of_zero_and_tensors_are_stepped_with_as_a_scheduler_writes_them(name: str) -> None:
+    model, x, y = model_and_data()
+    optimizer = ours(name)(model.parameters(), lr=0.1, foreach=False)
+    (model(x) - y).square().mean().backward()
+    for lr in (0, 0.0, torch.tensor(0.0), torch.tensor(0.1)):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        optimizer.step()
+        moved = not all(torch.equal(now, then) for now, then in zip(model.parameters(), before, strict=True))
+        assert moved == bool(lr > 0)
+
+
+@pytest.mark.parametrize("lr", [-1.0, float("nan"), float("inf"), "fast"])
+def test_a_table_at_a_bad_rate_is_refused(lr: Any) -> None:
+    plan: Any = model_and_data()[0].gammaopt
+    with pytest.raises(UsageError, match=rf"^lr={lr!r} is not a number|^lr={lr} is not allowed|^lr=-1 is not allowed"):
+        plan.table(lr=lr)
+    assert "lr = 0\n" in plan.table(lr=0.0)  # after a scheduler came to its end
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_refused_group_leaves_the_optimizer_as_it_was(name: str) -> None:
     model, x, y = model_and_data()

@@ -35,6 +35,9 @@ STREAMS: dict[str, Callable[..., Stream]] = {
 def build_stream(name: str, **knobs: Any) -> Stream:
     """The stream called ``name``, with its knobs: ``build_stream("parity", bits=20, degree=3)``.
 
+    Its ``shape`` is that of one input and its ``classes`` what the network must tell apart: images keep theirs,
+    (1, 12, 12) for ``"digits"`` and (3, 32, 32) for ``"photos"``, and bits are vectors.
+
     Raises:
         UsageError: for an unknown name, a knob that the stream does not take, or files that are not as they should be.
         MissingExtraError: if a package that the stream needs is not installed.
@@ -42,6 +45,9 @@ def build_stream(name: str, **knobs: Any) -> Stream:
     Example:
         >>> build_stream("staircase", bits=8, terms=2).name
         'staircase-8-2'
+        >>> digits = build_stream("digits")
+        >>> digits.shape, digits.classes
+        ((1, 12, 12), 10)
     """
     made = STREAMS[one_of("stream", name, STREAMS)]
     check_knobs(f"stream {name!r}", made, knobs)

@@ -1,0 +1,145 @@
+"""A checkpoint whose γ, parametrization, base, roles or centring is not the model's: said in words, γ first."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gammaopt
+from gammaopt import UsageError, wrap
+from gammaopt.online import MLP
+
+BASES = {"base": 8, "another base": 32}  # the net's own width is 16
+KINDS = ("as_is", "mean_field", "base", "another base")
+
+
+def wrapped(kind: str, gamma: float = 2.0, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    how: dict[str, Any] = {"parametrization": kind} if kind not in BASES else {"base": MLP(6, 3, width=BASES[kind])}
+    return wrap(MLP(6, 3, width=16), gamma, depth=3, **how, **settings)
+
+
+WORDS = {"as_is": "parametrization='as_is'", "mean_field": "parametrization='mean_field'"}
+
+
+@pytest.mark.parametrize("saved", KINDS)
+@pytest.mark.parametrize("here", KINDS)
+def test_another_parametrization_or_base_is_refused_because_the_rates_are_others(saved: str, here: str) -> None:
+    source, model = wrapped(saved), wrapped(here)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rates = [gammaopt.Adam(each.parameters(), lr=0.1).effective_lrs() for each in (source, model)]
+    if saved == here:
+        model.load_state_dict(source.state_dict())
+        return
+    assert rates[0] != rates[1]
+    with torch.no_grad():
+        next(source.parameters()).add_(1)
+    with pytest.raises(UsageError) as caught:
+        model.load_state_dict(source.state_dict())
+    assert isinstance(caught.value, RuntimeError)
+    there = WORDS.get(saved, "base=")
+    expected = (
+        "the checkpoint was saved with another base= or roles=, where one lr means other rates; "
+        "wrap the net with the checkpoint's"
+        if {saved, here} == set(BASES)
+        else f"the checkpoint was saved under {there} and this model is wrapped with {WORDS.get(here, 'base=')}, "
+        f"where one lr means other rates; wrap the net with the checkpoint's {there}"
+    )
+    assert str(caught.value) == expected
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())  # nothing half loaded
+    with pytest.raises(RuntimeError) as of_part:
+        nn.Sequential(model).load_state_dict(nn.Sequential(source).state_dict())
+    assert expected in str(of_part.value)
+
+
+def test_other_roles_are_refused_where_they_change_rates() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.odd, self.head = nn.Parameter(torch.ones(6, 6)), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(x @ self.odd)  # type: ignore[no-any-return]
+
+    def build(role: Any, parametrization: Any) -> nn.Module:
+        return wrap(Net(), 2.0, depth=2, parametrization=parametrization, roles={"odd": role})
+
+    saved = build("weight", "mean_field").state_dict()
+    with pytest.raises(UsageError, match=r"^the checkpoint was saved with another roles=, where one lr means other ra"):
+        build("embedding", "mean_field").load_state_dict(saved)
+    build("weight", "mean_field").load_state_dict(saved)
+    build("weight", "as_is").load_state_dict(build("embedding", "as_is").state_dict())
+
+
+def test_a_base_of_the_nets_own_width_is_like_none() -> None:
+    own = wrap(MLP(6, 3, width=16), 2.0, depth=3, base=MLP(6, 3, width=16))
+    own.load_state_dict(wrapped("as_is").state_dict())
+    wrapped("as_is").load_state_dict(own.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_averages_and_casts_of_a_checkpoint_are_not_another_plan(dtype: torch.dtype) -> None:
+    for kind in KINDS:
+        model = wrapped(kind, loss="cross_entropy")
+        saved = model.state_dict()
+        model.load_state_dict({name: (0.7 * value + 0.3 * value).to(dtype) for name, value in saved.items()})
+
+
+def test_another_loss_is_the_users_to_choose_but_is_said_where_the_rates_differ() -> None:
+    line = (
+        r"^the checkpoint was trained for loss='cross_entropy' and this model is wrapped for loss='mse': SGD's rates "
+        r"are 0.5 × the checkpoint's; to go on at its rates wrap the net with loss='cross_entropy'$"
+    )
+    with pytest.warns(UserWarning, match=line):
+        wrapped("as_is", 0.5).load_state_dict(wrapped("as_is", 0.5, loss="cross_entropy").state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrapped("as_is", 2.0).load_state_dict(wrapped("as_is", 2.0, loss="cross_entropy").state_dict())
+
+
+def test_checkpoint_of_another_version_of_the_plan() -> None:
+    model = wrapped("as_is")
+    saved = {**model.state_dict(), "gammaopt_plan": torch.tensor([2.0, 3, 1], dtype=torch.float64)}
+    with pytest.raises(UsageError, match=r"^the checkpoint's 'gammaopt_plan' has 3 numbers and 8 are known here; load"):
+        model.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("other", ["zero_readout", "none"])
+def test_another_centring_is_one_clear_line_ahead_of_torchs_keys(other: str) -> None:
+    x = torch.ones(2, 6)
+    copied, not_copied = wrapped("as_is"), wrapped("as_is", example_inputs=x, center=other)
+    with pytest.raises(UsageError) as caught:
+        not_copied.load_state_dict(copied.state_dict())
+    line, _, rest = str(caught.value).partition("\n")
+    assert line == (
+        "the checkpoint has θ₀, so its model was wrapped with center='copy', and this one with another center=; "
+        "wrap the net with center='copy'"
+    )
+    assert "Unexpected key(s)" in rest
+    with pytest.raises(UsageError) as caught:
+        copied.load_state_dict(not_copied.state_dict())
+    line, _, rest = str(caught.value).partition("\n")
+    assert line == (
+        "the checkpoint has no θ₀, so its model was wrapped with center='zero_readout' or 'none', and this one with "
+        "center='copy'; wrap the net with the checkpoint's center="
+    )
+    assert "Missing key(s)" in rest
+
+
+def test_of_several_mismatches_gamma_comes_first_and_all_are_named() -> None:
+    source = wrap(MLP(6, 3, width=8), 5.0, depth=3, parametrization="mean_field", center="none")
+    with pytest.raises(UsageError) as caught:
+        wrapped("as_is").load_state_dict(source.state_dict())
+    starts = [
+        "the checkpoint was saved at γ = 5 and this model is wrapped with γ = 2; wrap the net with the checkpoint's γ",
+        "the checkpoint was saved under parametrization='mean_field'",
+        "the checkpoint was saved at another width: '1.weight' is (8, 6) there and (16, 6) here",
+        "the checkpoint has no θ₀",
+    ]
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(starts)
+    assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))

@@ -49,23 +49,45 @@ def base_of(net: nn.Module, base: BaseShapes, readout: str | None, overrides: Ma
     return Base(rules, widths[0])
 
 
-def _shape(value: Any) -> Any:
-    return value.shape if hasattr(value, "shape") else value
-
-
 def _shapes(base: BaseShapes) -> dict[str, tuple[int | None, ...]]:
     """Shapes by parameter name; ``None``, in a ``mup`` file, for a size that does not change with width."""
     if isinstance(base, nn.Module):
         return {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
     if isinstance(base, Mapping):
-        return {name: tuple(_shape(shape)) for name, shape in base.items()}
+        return {name: _sizes(name, shape) for name, shape in base.items()}
+    if not isinstance(base, (str, Path)):
+        raise UsageError(
+            f"base is a {type(base).__name__}; give a torch.nn.Module, a mapping of parameter names to shapes, "
+            "or the path of a .bsh file"
+        )
     path = Path(base)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(f"base shapes {path} can't be read ({error.strerror}); give the path of a .bsh file") from None
-    loaded = require("yaml", "mup").safe_load(text)
+    except UnicodeDecodeError:
+        raise _not_base_shapes(path) from None
+    yaml = require("yaml", "mup")
     try:
-        return {str(name): tuple(None if n is None else int(n) for n in shape) for name, shape in loaded.items()}
-    except (AttributeError, TypeError, ValueError):
-        raise UsageError(f"{path} is not a file of base shapes; make one with mup.make_base_shapes") from None
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise _not_base_shapes(path) from None
+    if not isinstance(loaded, dict) or not all(isinstance(shape, list) for shape in loaded.values()):
+        raise _not_base_shapes(path)
+    return {str(name): _sizes(name, shape) for name, shape in loaded.items()}
+
+
+def _sizes(name: object, shape: Any) -> tuple[int | None, ...]:
+    """The shape of one parameter, or of anything that has one."""
+    given = getattr(shape, "shape", shape)
+    if not isinstance(given, (tuple, list)) or not all(size is None or _is_size(size) for size in given):
+        raise UsageError(f"base shape of {name!r} is {given!r}; give a tuple of integers >= 1")
+    return tuple(None if size is None else int(size) for size in given)
+
+
+def _is_size(size: Any) -> bool:
+    return not isinstance(size, bool) and hasattr(size, "__index__") and int(size) >= 1
+
+
+def _not_base_shapes(path: Path) -> UsageError:
+    return UsageError(f"{path} is not a file of base shapes; make one with mup.make_base_shapes")

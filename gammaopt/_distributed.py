@@ -6,6 +6,9 @@ then they step by different rates and drift apart. So
 
 - constructing ``DistributedDataParallel``, where torch itself synchronises all ranks, also gives every rank the first
   one's θ₀ and plan. It is seen by torch's hook on the registration of a submodule, which :func:`watch_ddp` sets once.
+- DistributedDataParallel gives every rank the first one's running statistics before each forward; a hook on it does
+  the same with θ₀'s, else f in evaluation would be another function on every rank. ``convert_sync_batchnorm`` after
+  wrapping reaches no frozen copy; its layers are converted too, when DDP is constructed or at the next forward.
 - ``fully_shard`` keeps on each rank a slice of what that rank holds; the frozen copy is sliced in the same way, on its
   first use after that, which takes no communication. The plans are compared at the first forward, which is collective.
 """
@@ -41,9 +44,12 @@ def active() -> bool:
 
 def _registered(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     if name == "module" and child is not None and isinstance(parent, nn.parallel.DistributedDataParallel):
-        for model in child.modules():
-            if "gammaopt" in vars(model):
-                _share(model, parent.process_group)
+        models = [model for model in child.modules() if "gammaopt" in vars(model)]
+        for model in models:
+            follow_synchronised_norms(model, model._gammaopt_reference)  # type: ignore[arg-type]
+            _share(model, parent.process_group)
+        if models:
+            parent.register_forward_pre_hook(_share_statistics)
 
 
 @torch.no_grad()
@@ -63,6 +69,44 @@ def _share(model: nn.Module, group: dist.ProcessGroup) -> None:
         source = dist.get_global_rank(group, 0)
         for tensor in _tensors(reference):
             dist.broadcast(tensor, source, group=group)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.no_grad()
+def _share_statistics(parallel: nn.Module, args: object) -> None:
+    """Give every rank the first one's buffers of θ₀, when and as DistributedDataParallel does with the model's own."""
+    if not parallel.will_sync_module_buffers():  # type: ignore[operator]
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for model in parallel.modules():
+        reference = vars(model).get("_gammaopt_reference")
+        for buffer in reference.buffers() if reference is not None else ():
+            by_dtype.setdefault(buffer.dtype, []).append(buffer)
+    group = parallel.process_group
+    source = dist.get_global_rank(group, 0)  # type: ignore[arg-type]
+    for buffers in by_dtype.values():  # one message for each dtype, not for each buffer
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        dist.broadcast(flat, source, group=group)  # type: ignore[arg-type]
+        for buffer, value in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(value.view_as(buffer))
+
+
+def follow_synchronised_norms(model: nn.Module, reference: nn.Module | None) -> None:
+    """Convert θ₀'s batch normalisations where ``convert_sync_batchnorm`` converted the model's since.
+
+    h and h₀ must be normalised alike: one over all ranks' batches, the other over this rank's would leave f ≠ 0 at the
+    start, by their difference over γ.
+    """
+    if reference is None:
+        return
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.SyncBatchNorm):
+            continue
+        twin = reference.get_submodule(name)
+        if not isinstance(twin, nn.SyncBatchNorm):
+            owner, _, leaf = name.rpartition(".")
+            converted = nn.SyncBatchNorm.convert_sync_batchnorm(twin, module.process_group)
+            reference.get_submodule(owner).add_module(leaf, converted)
 
 
 def _disagreement(model: nn.Module, first: Plan, other: Plan, fix: str) -> UsageError:

@@ -171,7 +171,9 @@ def unwrap(model: Net) -> Net:
         UsageError: if ``model`` is not wrapped.
     """
     if not isinstance(model, Wrapped):
-        raise UsageError(f"this {type(model).__name__} is not wrapped; nothing to unwrap")
+        parts = [name for name, part in model.named_modules() if isinstance(part, Wrapped)]
+        hint = f"its part {parts[0]!r} is: unwrap that" if parts else "nothing to unwrap"
+        raise UsageError(f"this {type(model).__name__} is not wrapped; {hint}")
     if not isinstance(vars(type(model)).get("_gammaopt_base"), type):
         raise UsageError(
             f"the class of this {type(model).__name__} was changed after wrapping; "
@@ -284,6 +286,8 @@ def _check_net(net: nn.Module) -> None:
             raise UsageError(f"parameter {part!r} of this {name} has no shape yet; run one batch before wrapping")
     if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or name.startswith("FSDP"):
         raise UsageError(f"net is prepared for several processes already; wrap it before it becomes a {name}")
+    if name == "OptimizedModule":
+        raise UsageError("net is compiled already; wrap it before torch.compile, and compile what wrap returns")
     if "forward" in vars(net):
         raise UsageError(f"forward of this {name} was replaced on the object; wrap the net before that")
     if "gammaopt" in net.__dict__ or "gammaopt" in net._modules:

@@ -40,6 +40,7 @@ class Wrapped(nn.Module):
         """f(x; θ) = (h(x; θ) − h(x; θ₀))/γ, or h(x; θ)/γ without centring, in the place where h was."""
         if not torch.compiler.is_compiling() and _distributed.active():
             _distributed.follow_sharding(self, self._gammaopt_reference)
+            _distributed.follow_synchronised_norms(self, self._gammaopt_reference)
             _distributed.check_plans(self)
         reference, output, gamma = self._gammaopt_reference, self._gammaopt_output, self.gammaopt.gamma
         if reference is None:

@@ -83,15 +83,35 @@ def test_base_as_meta_module_mapping_and_mup_file_agree(tmp_path: Path) -> None:
 def test_bad_bases_are_named(tmp_path: Path) -> None:
     net = mlp(64)
     before = copy.deepcopy(net.state_dict())
-    (tmp_path / "bad.bsh").write_text("- 1\n- 2\n")
+    not_shapes = {
+        "bad": b"- 1\n- 2\n",
+        "not yaml": b"a: b: c\n",
+        "binary": bytes(range(256)),
+        "empty": b"",
+        "flat": b"a: 1\n",
+    }
+    for name, content in not_shapes.items():
+        (tmp_path / f"{name}.bsh").write_bytes(content)
+    shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
     cases: list[tuple[Any, str]] = [
         (MLP(20, 3, width=32, depth=2, bias=True), r"parameter '5.weight' of net is not in base"),
         ({"1.weight": (32, 20)}, r"parameter '1.bias' of net is not in base"),
         (tmp_path / "none.bsh", r"none.bsh can't be read \(No such file or directory\)"),
-        (tmp_path / "bad.bsh", r"bad.bsh is not a file of base shapes; make one with mup.make_base_shapes"),
-        (
-            {**{n: tuple(p.shape) for n, p in net.named_parameters()}, "1.weight": (20,)},
-            r"is \(64, 20\) in net and \(20,\)",
+        *(
+            (tmp_path / f"{name}.bsh", rf"{name}.bsh is not a file of base shapes; make one with mup.make_base_shapes")
+            for name in not_shapes
+        ),
+        ({**shapes, "1.weight": (20,)}, r"is \(64, 20\) in net and \(20,\)"),
+        *(
+            ({**shapes, "1.weight": bad}, r"^base shape of '1.weight' is .*; give a tuple of integers >= 1$")
+            for bad in (64, (0, 20), (-8, 20), ("a", "b"), (8.5, 20), None)
+        ),
+        *(
+            (
+                bad,
+                rf"^base is a {type(bad).__name__}; give a torch.nn.Module, a mapping of parameter names to shapes, or",
+            )
+            for bad in (64, [(32, 20)], lambda: mlp(32))
         ),
     ]
     for base, message in cases:

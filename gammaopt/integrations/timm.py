@@ -2,6 +2,7 @@
 
 ``create_optimizer_v2(model, opt="gammasgd")``, ``"gammamomentum"``, ``"gammaadam"`` or ``"gammaadamw"``, with timm's
 own weight-decay and layer-decay groups: ``lr_scale`` in a group and the γ multiplier of a parameter simply multiply.
+The names have no underscore: of ``"gamma_sgd"`` timm reads the last part only, and builds torch's SGD without a word.
 As for timm's ``"sgd"``, momentum is 0.9 unless given, and with Nesterov in ``"gammasgd"`` but not ``"gammamomentum"``.
 """
 

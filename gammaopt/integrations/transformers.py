@@ -3,6 +3,9 @@
 ``Trainer(…, callbacks=[MonitorCallback(({"pixel_values": x}, y), "cross_entropy")])`` measures on rank 0. The trainer
 tells losses at its logging steps only; with ``logging_steps=1`` the run's record has its curve. For TensorBoard give
 ``tensorboard=`` a folder or writer.
+
+Give the trainer gammaopt's optimizer, by ``optimizers=`` or ``optimizer_cls_and_kwargs=``: the one that it builds
+itself is torch's AdamW, which knows nothing of γ.
 """
 
 from __future__ import annotations

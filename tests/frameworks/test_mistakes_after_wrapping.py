@@ -220,6 +220,15 @@ def test_two_wrapped_models_in_one_optimizer_keep_their_own_rates() -> None:
     assert rates["1.weight"] != rates["1.weight (2)"]
 
 
+def test_wrapping_or_unwrapping_what_is_compiled_already() -> None:
+    with pytest.raises(UsageError, match=r"^net is compiled already; wrap it before torch.compile, and compile wh"):
+        wrap(torch.compile(Net(), backend="eager"), 2.0, depth=2)  # type: ignore[type-var]
+    compiled: Any = torch.compile(wrap(Net(), 2.0, depth=2), backend="eager")
+    with pytest.raises(UsageError, match=r"^this OptimizedModule is not wrapped; its part '_orig_mod' is: unwrap"):
+        unwrap(compiled)
+    assert type(unwrap(compiled._orig_mod)) is Net
+
+
 def test_wrapping_a_model_that_is_parallel_already() -> None:
     with pytest.raises(UsageError, match="wrap it before it becomes a DataParallel"):
         wrap(nn.DataParallel(Net()), 2.0, depth=2)

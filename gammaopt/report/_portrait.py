@@ -90,7 +90,8 @@ def draw_portrait(portrait: Portrait) -> Figure:
     for axis in axes.flat:
         handles, names = axis.get_legend_handles_labels()
         named.update(dict(zip(names, handles, strict=True)))
-    named["diverged"] = Patch(facecolor="none", edgecolor=DIVERGED, hatch=HATCH)
+    if any(record.diverged_at is not None for record in portrait.records):
+        named["diverged"] = Patch(facecolor="none", edgecolor=DIVERGED, hatch=HATCH)
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 

@@ -219,7 +219,7 @@ def _as_table(rows: list[ExponentRow]) -> str:
     lines = [f"{'steps':>7}  {'exponent of the':<15}  {'where':<5}  predicted  measured  95 % interval"]
     lines += [
         f"{row.budget:>7,}  {row.what:<15}  {row.side}  {row.predicted:>9.2f}  {row.measured:>8.2f}  "
-        f"{row.interval[0]:.2f} … {row.interval[1]:.2f}"
+        + ("too few γ" if row.interval is None else f"{row.interval[0]:.2f} … {row.interval[1]:.2f}")
         for row in rows
     ]
     return "\n".join(lines)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gammaopt import EtaLaw
 from gammaopt._errors import UsageError
+from gammaopt.cli import _as_table
 from gammaopt.diagnostics import Grid, Portrait, portrait
 from gammaopt.diagnostics import _portrait as module
 from gammaopt.diagnostics._portrait import predicted_trained_edge
@@ -391,7 +392,23 @@ def test_exponents_are_those_of_the_law() -> None:
     for row in rows:
         assert row.predicted == (2.0 if row.side == "γ ≤ 1" else 0.5)
         assert row.measured == pytest.approx(row.predicted, abs=0.02)
+        assert row.interval is not None
         assert row.interval[0] - 1e-9 <= row.measured <= row.interval[1] + 1e-9
+
+
+def test_three_points_have_an_exponent_and_no_interval() -> None:
+    """Each resample of three points that has three γ is the points themselves: it would be an interval of no width."""
+    made = made_up()
+    gammas = made.grid.gammas[-3:]
+    few = dataclasses.replace(
+        made,
+        grid=dataclasses.replace(made.grid, gammas=gammas),
+        records=tuple(record for record in made.records if record.gamma in gammas),
+    )
+    rows = exponents(few)
+    assert {row.what for row in rows} == {"best rate", "stable edge"}
+    assert all(row.interval is None and row.measured == pytest.approx(0.5, abs=0.02) for row in rows)
+    assert all(line.endswith("  too few γ") for line in _as_table(rows).splitlines()[1:])
 
 
 def test_the_picture_has_a_column_for_each_budget_and_hatches_what_diverged() -> None:

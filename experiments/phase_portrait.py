@@ -6,7 +6,10 @@ Width 64 in mean-field form, float64, one pass. Upper edges: γ² below 1 and γ
 for SGD and cross-entropy, γ^(1/L) above 1 for Adam. Lower edge, where a budget of T steps just trains:
 ∝ η*(γ)·plateau(γ)/T, which is γ/T for γ ≥ 1 under SGD. The cells are kept in --work, so a killed run goes on and a
 second one computes nothing.
-Writes results/phase_portrait/PRESET.json and .png and prints predicted | measured | interval | holds.
+
+Every number has a 95 % interval: of the edges' exponents from resampling their points (a γ and a seed each), of the
+distance between best rates and the law from resampling the seeds, of the lower edge from Student's t of its fit.
+Writes results/phase_portrait/PRESET.json and .png and prints predicted | measured | 95 % interval | holds.
 """
 
 from __future__ import annotations
@@ -17,8 +20,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from _sweep import parser, slope, write
+from _sweep import parser, write
+from numpy.typing import NDArray
+from scipy.stats import t
 
 from gammaopt._fit import critical_rates, fit_slopes
 from gammaopt.diagnostics import Grid, Portrait, portrait
@@ -39,6 +45,11 @@ class Case:
     seeds: int = 2
 
     @property
+    def seed_numbers(self) -> range:
+        """As :meth:`Grid.log` numbers them."""
+        return range(self.seeds)
+
+    @property
     def name(self) -> str:
         """Short, a folder's name too."""
         return f"{self.optimizer}-{self.loss}-L{self.depth}-{max(self.budgets)}"
@@ -46,7 +57,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Claim:
-    """What is predicted, what was measured, and whether it holds."""
+    """What is predicted, what was measured with its 95 % interval (``low`` … ``high``), and whether it holds."""
 
     case: str
     what: str
@@ -63,17 +74,20 @@ class Claim:
 
 
 SGD = Case("sgd", "mse", 2, (0.01, 1000.0, 11), (1.5, 300.0, 24), seeds=4)
+ADAM = Case("adam", "mse", 3, (1.0, 1000.0, 7), (0.03, 30.0, 19))
 LOWER = Case("sgd", "mse", 3, (1.0, 100.0, 5), (0.02, 60.0, 22), (100, 300, 1000))
 CPU = (
     SGD,
     replace(SGD, depth=3),
     replace(SGD, depth=5),
     Case("sgd", "cross_entropy", 3, (0.03, 1.0, 7), (0.1, 1000.0, 25)),
-    Case("adam", "mse", 3, (1.0, 1000.0, 7), (0.03, 30.0, 19)),
+    ADAM,
+    replace(ADAM, depth=2),
+    replace(ADAM, depth=5),
     LOWER,
 )
 PRESETS = {
-    "smoke": (replace(SGD, gammas=(1.0, 30.0, 4), rates=(2.0, 1000.0, 9), budgets=(60,), seeds=1),),
+    "smoke": (replace(SGD, gammas=(1.0, 30.0, 4), rates=(2.0, 1000.0, 9), budgets=(60,), seeds=2),),
     "cpu": CPU,
     "gpu": tuple(
         replace(case, seeds=8, budgets=tuple(3 * budget for budget in case.budgets), rates=(*case.rates[:2], 41))
@@ -96,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = write(options.results, options.preset, {"rows": rows})
     shown = next((made for case, made in portraits.items() if case.depth == 3), next(iter(portraits.values())))
     draw_portrait(shown).savefig(path.with_suffix(".png"), dpi=110)
-    print("| case | what | predicted | measured | interval | holds |\n|---|---|---|---|---|---|")
+    print("| case | what | predicted | measured | 95 % interval | holds |\n|---|---|---|---|---|---|")
     for claim in claims:
         print(
             f"| {claim.case} | {claim.what} | {claim.predicted:.2f} ± {claim.tolerance:g} | {claim.measured:.2f} "
@@ -136,17 +150,35 @@ def examine(case: Case, made: Portrait) -> list[Claim]:
 
 def spread_of_best_rate(case: Case, made: Portrait, lowest: float) -> Claim:
     """How far, in decades, the best c strays from its middle over γ ≥ ``lowest``: 0 if the law is exact."""
-    logs: dict[float, list[float]] = {}
-    for point in critical_rates(made.records, "best"):
-        if point.gamma >= lowest * (1 - 1e-6):
-            logs.setdefault(point.gamma, []).append(math.log10(point.lr / made.law.factor(point.gamma)))
-    means = [sum(values) / len(values) for values in logs.values()]
-    middle = (max(means) + min(means)) / 2
-    stray = max(abs(mean - middle) for mean in means)
-    return Claim(
-        case.name, f"best rate off the law, decades, γ ≥ {lowest:g} ({len(means)} γ)", 0.0, stray,
-        min(means) - middle, max(means) - middle, 0.25,
-    )  # fmt: skip
+    points = [point for point in critical_rates(made.records, "best") if point.gamma >= lowest * (1 - 1e-6)]
+    gammas, seeds = sorted({p.gamma for p in points}), list(case.seed_numbers)
+    logs = np.full((len(gammas), len(seeds)), math.nan)  # NaN: the best rate is not inside the grid
+    for p in points:
+        logs[gammas.index(p.gamma), seeds.index(p.seed)] = math.log10(p.lr / made.law.factor(p.gamma))
+    stray = half_range(logs, np.ones((1, len(seeds))))[0]
+    low, high = np.percentile(half_range(logs, resampled(len(seeds))), [2.5, 97.5])
+    what = f"best rate off the law, decades, γ ≥ {lowest:g} ({len(gammas)} γ)"
+    return Claim(case.name, what, 0.0, float(stray), float(low), float(high), 0.25)
+
+
+def resampled(count: int, times: int = 2000) -> NDArray[np.float64]:
+    """How often each of ``count`` things is drawn in each bootstrap resample, (times, count)."""
+    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=times).astype(float)
+
+
+def half_range(logs: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Half the range over γ of the weighted means over seeds, for each row of weights; NaNs don't count.
+
+    Args:
+        logs: (γ, seeds), in decades.
+        weights: (resamples, seeds). A γ that has no point in a resample doesn't count in it.
+    """
+    known = np.isfinite(logs)
+    total = weights @ known.T
+    with np.errstate(invalid="ignore"):
+        means = (weights @ np.where(known, logs, 0.0).T) / np.where(total > 0, total, math.nan)
+    halves: NDArray[np.float64] = (np.nanmax(means, axis=1) - np.nanmin(means, axis=1)) / 2
+    return halves
 
 
 def edge_exponent(case: Case, made: Portrait, what: str, predicted: float, tolerance: float) -> Claim:
@@ -161,23 +193,35 @@ def edge_exponent(case: Case, made: Portrait, what: str, predicted: float, toler
 
 
 def lower_edge(case: Case, made: Portrait) -> list[Claim]:
-    """How the smallest rate that trains moves with γ (γ ≥ 1) and with the budget."""
+    """How the smallest rate that trains moves with γ (γ ≥ 1, at the longest budget) and with the budget."""
     edges = {budget: made.trained_edge(budget) for budget in case.budgets}
     longest = edges[max(case.budgets)]
-    in_gamma, error = slope([math.log(g) for g in longest], [math.log(eta) for eta in longest.values()])
-    claims = [Claim(case.name, f"lower edge in γ ({len(longest)} γ)", 1.0, in_gamma, in_gamma - 2 * error,
-                    in_gamma + 2 * error, 0.2)]  # fmt: skip
-    slopes = []
-    for gamma in longest:
-        found = [
-            (math.log(budget), math.log(edges[budget][gamma])) for budget in case.budgets if gamma in edges[budget]
-        ]
-        if len(found) > 1:
-            slopes.append(slope([x for x, _ in found], [y for _, y in found])[0])
-    if slopes:
-        mean = sum(slopes) / len(slopes)
-        claims.append(Claim(case.name, "lower edge in the budget", -1.0, mean, min(slopes), max(slopes), 0.2))
-    return claims
+    in_gamma = common_slope([[(math.log(gamma), math.log(eta)) for gamma, eta in longest.items()]])
+    lines = [
+        [(math.log(budget), math.log(edges[budget][gamma])) for budget in case.budgets if gamma in edges[budget]]
+        for gamma in longest
+    ]
+    in_budget = common_slope([line for line in lines if len(line) > 1])
+    return [
+        Claim(case.name, f"lower edge in γ ({len(longest)} γ)", 1.0, *in_gamma, 0.2),
+        Claim(case.name, f"lower edge in the budget ({len(case.budgets)} budgets)", -1.0, *in_budget, 0.2),
+    ]
+
+
+def common_slope(lines: Sequence[Sequence[tuple[float, float]]]) -> tuple[float, float, float]:
+    """Least-squares slope that lines of (x, y) with heights of their own have in common, and its 95 % t interval.
+
+    Raises:
+        ValueError: if there are too few points to tell the slope's error.
+    """
+    x, y = (np.concatenate([[p[i] - np.mean([q[i] for q in line]) for p in line] for line in lines]) for i in (0, 1))
+    free = len(x) - len(lines) - 1
+    if free < 1:
+        raise ValueError(f"{len(x)} points of the lower edge are too few for its slope; widen the grid")
+    found = float(x @ y / (x @ x))
+    error = math.sqrt(float(((y - found * x) ** 2).sum()) / free / float(x @ x))
+    reach = float(t.ppf(0.975, free)) * error
+    return found, found - reach, found + reach
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from gammaopt._laws import Loss
 from gammaopt.diagnostics import Grid, portrait
 from gammaopt.diagnostics._portrait import Unit
 from gammaopt.online import Recipe, get_task
+from gammaopt.online._device import check_device
 from gammaopt.online.ensemble import Progress
 from gammaopt.online.train import FAMILIES, OPTIMIZERS, OptimizerName
 from gammaopt.report import ExponentRow, draw_portrait, exponents
-from gammaopt.tuning._plan import _check_device
 
 BELOW, ABOVE, RATES = 30.0, 10.0, 11  # the default rates: this far around the task's rate at γ = 1, half a decade apart
 
@@ -38,8 +38,11 @@ def draw(
     out: Path | None,
     device: str,
     on_progress: Callable[[Progress], object],
-) -> tuple[list[ExponentRow], Path]:
-    """Train what is missing, and write the picture and the exponents into the folder; returns both."""
+) -> tuple[list[ExponentRow], Path, int]:
+    """Train what is missing, and write the picture and the exponents into the folder.
+
+    Returns the exponents, the picture, and how many records of other grids or budgets the folder holds besides.
+    """
     chosen = get_task(task)
     loss = one_of("loss", loss or chosen.losses[0], chosen.losses)
     one_of("loss", loss, get_args(Loss)), one_of("optimizer", optimizer, OPTIMIZERS)
@@ -48,7 +51,8 @@ def draw(
     if len(set(budgets)) < len(budgets):
         raise UsageError(f"steps={sorted(budgets)} has a budget twice; give each once")
     at_least("width", width, 1), at_least("depth", depth, 1)
-    _check_device(device)
+    check_device(device)
+    one_of("unit", unit, get_args(Unit))
     if rates is None:
         if unit != "law":
             raise UsageError(f"unit={unit} has no default rates; give --rates LO HI N")
@@ -65,7 +69,9 @@ def draw(
         depth=float(depth),
         device=device,
     )
-    folder = out or Path("runs") / f"portrait-{task}-{loss}-{optimizer}-L{depth}-N{width}-{max(budgets)}"
+    # Grids and budgets share a folder, for they share their runs; what makes other runs is in its name.
+    where = "" if device == "cpu" else "-" + device.replace(":", "")
+    folder = out or Path("runs") / f"portrait-{task}-{loss}-{optimizer}-L{depth}-N{width}{where}"
     made = portrait(recipe, grid, folder, budgets=budgets, on_progress=on_progress)
     rows = exponents(made)
     write_atomically(
@@ -73,4 +79,4 @@ def draw(
     )
     partial_picture = folder / ".portrait.partial.png"
     draw_portrait(made).savefig(partial_picture, dpi=110)
-    return rows, partial_picture.replace(folder / "portrait.png")
+    return rows, partial_picture.replace(folder / "portrait.png"), made.others

@@ -163,18 +163,25 @@ def portrait(
 ) -> None:
     """Train a grid of (γ, η) and draw its phase portrait with the predicted edges on it.
 
-    Goes on where it stopped if it is started again; new γ, rates or seeds compute the new cells only.
+    Goes on where it stopped if it is started again; new γ, rates, seeds or budgets compute what is new only.
     """
     with usage_errors():
         from gammaopt._portrait_command import draw
 
         with _run_steps(quiet) as show:
-            rows, picture = draw(
+            rows, picture, others = draw(
                 task=task, loss=loss, optimizer=optimizer, budgets=steps or [300], gammas=gammas, rates=rates,
                 unit=unit, seeds=seeds, width=width, depth=depth, out=out, device=device, on_progress=show,
             )  # fmt: skip
         typer.echo(_as_json(rows) if json else _as_table(rows))
-        Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True).print(f"Picture: {picture}", markup=False)
+        console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        if others:
+            console.print(
+                f"The folder holds {others:,} results of other γ, rates, seeds or budgets too. They stay in\n"
+                "runs.jsonl; picture, exponents and portrait.npz are of this grid alone.",
+                markup=False,
+            )
+        console.print(f"Picture: {picture}", markup=False)
 
 
 @data.command()
@@ -212,7 +219,7 @@ def _as_table(rows: list[ExponentRow]) -> str:
     lines = [f"{'steps':>7}  {'exponent of the':<15}  {'where':<5}  predicted  measured  95 % interval"]
     lines += [
         f"{row.budget:>7,}  {row.what:<15}  {row.side}  {row.predicted:>9.2f}  {row.measured:>8.2f}  "
-        f"{row.interval[0]:.2f} … {row.interval[1]:.2f}"
+        + ("too few γ" if row.interval is None else f"{row.interval[0]:.2f} … {row.interval[1]:.2f}")
         for row in rows
     ]
     return "\n".join(lines)

@@ -255,6 +255,7 @@ def test_portrait_prints_exponents_and_leaves_data_and_a_picture(here: Callable[
         (["portrait", "digits", "--steps", 5, "--steps", 5], "steps=[5, 5] has a budget twice; give each once"),
         (["portrait", "digits", "--seeds", 0], "seeds=0 is too small; give at least 1"),
         (["portrait", "digits", "--gammas", 10, 1, 3], "gammas from 10 to 1 is empty; give the lower end first"),
+        (["portrait", "digits", "--unit", "gamma"], "unknown unit 'gamma'; choose one of: law, eta"),
         (["portrait", "digits", "--unit", "eta"], "unit=eta has no default rates; give --rates LO HI N"),
         (
             ["portrait", "digits", "--device", "nope"],

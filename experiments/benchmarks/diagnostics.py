@@ -32,7 +32,7 @@ import gammaopt
 from gammaopt.diagnostics import Curvature, hessian_eigenvalues, ntk
 from gammaopt.diagnostics._lanczos import Which
 from gammaopt.online import CNN, MLP, Digits, Staircase
-from gammaopt.online.train import CRITERIA
+from gammaopt.online._losses import CRITERIA
 
 K, SAMPLES, WIDTH = 20, 1024, 256
 ERROR_BAR, PRODUCTS_BAR, EIGEN_SPEED_BAR = 1e-5, 80, 5.0

@@ -1,12 +1,13 @@
 """Run-steps per second of ``train_many`` against the usual loop, which trains the runs one after another.
 
-    python experiments/benchmarks/ensemble.py --check --json ensemble.json
-    python experiments/benchmarks/ensemble.py --device cuda --check --json ensemble.json
+    python experiments/benchmarks/ensemble.py --check --json experiments/results/ensemble/cpu.json
+    python experiments/benchmarks/ensemble.py --device cuda --check --json experiments/results/ensemble/cuda.json
 
 The usual loop: forward of the network and of a frozen copy, zero_grad, backward, step, ``loss.item()``, at every step.
 Both see the same batches, made before, and use the same threads. A run-step is one step of one run; ours counts
 everything ``train_many`` does, its held-out scores included. Also told: what fraction of the machine's matrix-multiply
-rate (measured in the same run) the engine reaches, and the bytes a run has of its own.
+rate (measured in the same run) the engine reaches, and the bytes a run has of its own. Rows of another device than
+the one at hand are listed as not measured, with the command that measures them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -74,29 +75,47 @@ class Recorded:
         return inputs.flatten(0, 1)[None, :size], targets.flatten()[None, :size]
 
 
-def main() -> None:
+SMOKE = tuple(
+    replace(case, build=partial(MLP, math.prod(case.shape), 10, width=8), runs=4, batch_size=4) for case in CASES
+)
+PRESETS = {"full": CASES, "smoke": SMOKE}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose rows to measure")
     parser.add_argument("--steps", type=int, default=300, help="of each run")
-    options = parser.parse_args()
-    rows = [measure(case, options.steps, options.seconds) for case in CASES if case.device == options.device]
+    parser.add_argument("--preset", choices=PRESETS, default="full", help="smoke: tiny networks, to try the script")
+    options = parser.parse_args(argv)
+    cases = PRESETS[options.preset]
+    rows = [measure(case, options.steps, options.seconds) for case in cases if case.device == options.device]
+    absent = [not_measured(case) for case in cases if case.device != options.device]
     rate = matmul_rate(options.device)
     print(f"{'':22} runs   ours/s   loop/s  factor    bar  of matmul  MB per run")
-    for case in CASES:
-        row = next((row for row in rows if (row["name"], row["device"]) == (case.name, case.device)), None)
-        label = f"{case.device} {case.name}"
-        if row is None:
-            command = f"python experiments/benchmarks/ensemble.py --device {case.device}"
-            print(f"{label:22} {case.runs:4}  not measured ({command})")
-            continue
+    for row in rows:
         row["of_matmul"] = row["flops"] / rate
         print(
-            f"{label:22} {case.runs:4} {row['ours']:8.0f} {row['loop']:8.0f} {row['factor']:7.2f} {case.bar:6.0f} "
+            f"{label(row)} {row['ours']:8.0f} {row['loop']:8.0f} {row['factor']:7.2f} {row['bar']:6.0f} "
             f"{row['of_matmul']:10.1%} {row['bytes_per_run'] / 1e6:11.2f}"
         )
+    for row in absent:
+        print(f"{label(row)}  at least {row['bar']:g} × wanted; not measured: {row['command']}")
     print(f"matrix-multiply rate {rate / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads")
     missed = [f"{r['name']}: {r['factor']:.2f} × against {r['bar']:g} ×" for r in rows if r["factor"] < r["bar"]]
-    write_json(options, {"threads": torch.get_num_threads(), "matmul_flops": rate, "rows": rows}, missed)
+    content = {"threads": torch.get_num_threads(), "matmul_flops": rate, "rows": rows, "not_measured": absent}
+    write_json(options, content, missed)
+
+
+def label(row: dict[str, Any]) -> str:
+    return f"{row['device'] + ' ' + row['name']:22} {row['runs']:4}"
+
+
+def not_measured(case: Case) -> dict[str, Any]:
+    """What is wanted of a row that this machine can't measure, and the command that measures it on one that can."""
+    command = "python experiments/benchmarks/ensemble.py"
+    command += f" --device {case.device} --check --json experiments/results/ensemble/{case.device}.json"
+    wanted = {key: value for key, value in asdict(case).items() if key in ("name", "device", "runs", "bar")}
+    return {**wanted, "command": command}
 
 
 def measure(case: Case, steps: int, seconds: float) -> dict[str, Any]:

@@ -39,8 +39,8 @@ PRESETS = {
 class Paired(Workers):
     """Workers that train every cell together, and let others train some of the same cells one at a time."""
 
-    def __init__(self, plan: StudyPlan, jobs: int, share: int) -> None:
-        super().__init__(plan, jobs)
+    def __init__(self, plan: StudyPlan, jobs: int, share: int, checkpoints: Path) -> None:
+        super().__init__(plan, jobs, checkpoints=checkpoints)
         self._alone = Workers(plan, jobs, stack=0)
         self._every = share
         self.cells = self.shared = 0
@@ -103,8 +103,8 @@ def measure(plan: StudyPlan, jobs: int, every: int) -> dict[str, Any]:
     """Run the study, both ways at once."""
     made: list[Paired] = []
 
-    def workers(plan: StudyPlan, jobs: int) -> Paired:
-        made.append(Paired(plan, jobs, every))
+    def workers(plan: StudyPlan, jobs: int, *, checkpoints: Path) -> Paired:
+        made.append(Paired(plan, jobs, every, checkpoints))
         return made[0]
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(tune_module, "Workers", workers):

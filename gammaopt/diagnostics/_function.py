@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gammaopt._errors import UsageError, one_of
 from gammaopt._probe import Inputs, Output, call, describe, select, trainable
 from gammaopt._wrapped import Wrapped
-from gammaopt.online.train import CRITERIA
+from gammaopt.online._losses import CRITERIA
 
 Batch = tuple[Inputs, Any]
 Data = Batch | Iterable[Batch]

@@ -32,9 +32,10 @@ from gammaopt._probe import Inputs, Output
 from gammaopt.diagnostics._function import Batches, Function, LossFunction, loss_function, undisturbed
 from gammaopt.diagnostics._kernels import centred_kernel_alignment, feature_kernel, kernel_target_alignment, ntk
 from gammaopt.diagnostics._spectrum import sharpness
+from gammaopt.online._losses import hits
 from gammaopt.online._run_file import RunFile
 from gammaopt.online.record import RunRecord
-from gammaopt.online.train import Run, hits, summarise
+from gammaopt.online.train import Run, summarise
 from gammaopt.optim._multipliers import Multipliers
 
 Measure = Literal["sharpness", "ntk", "features"]

@@ -3,12 +3,13 @@
 portrait.json    what the runs have in common, and the versions they were made with
 runs.jsonl       one line for each finished run and budget; a cell found here is never trained again
 stack.pt         the runs in training, while there are some
-portrait.npz     the grid of the last call as arrays
+portrait.npz     the grid and budgets of the last call as arrays; runs of other grids and budgets stay in runs.jsonl
 lock             held while a process works here
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -18,15 +19,19 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from gammaopt._errors import UsageError, at_least, one_of, positive
 from gammaopt._files import locked, write_atomically
 from gammaopt._laws import EtaLaw
+from gammaopt.online._checkpoint import saved_runs
+from gammaopt.online._device import seeded
 from gammaopt.online._run_file import RunFile, by_run
 from gammaopt.online.ensemble import Progress, check_budgets, train_many
 from gammaopt.online.record import RunRecord
-from gammaopt.online.train import FAMILIES, Recipe, Run
+from gammaopt.online.train import FAMILIES, Recipe, Run, built
 
 Unit = Literal["law", "eta"]
 TRAINED = 0.5  # of the loss of f = 0: below it a run counts as trained
@@ -97,12 +102,14 @@ class Portrait:
         law: what the rates are relative to, with the exponents predicted for the stable edges.
         budgets: steps, ascending.
         records: one for each cell, seed and budget.
+        others: how many more records of other cells, or at other budgets, the folder holds.
     """
 
     grid: Grid
     law: EtaLaw
     budgets: tuple[int, ...]
     records: tuple[RunRecord, ...]
+    others: int = dataclasses.field(default=0, compare=False)
 
     def at(self, budget: int) -> tuple[RunRecord, ...]:
         """The records of one budget."""
@@ -168,26 +175,27 @@ def predicted_trained_edge(law: EtaLaw, gamma: float) -> float:
 def portrait(
     recipe: Recipe,
     grid: Grid,
-    folder: Path,
+    folder: str | Path,
     *,
-    budgets: Sequence[int] = (),
+    budgets: Sequence[int] | int = (),
     one_at_a_time: bool = False,
     on_progress: Callable[[Progress], object] | None = None,
 ) -> Portrait:
-    """Train every cell of the grid that the folder doesn't hold yet; cells of other grids stay there.
+    """Train every cell of the grid that the folder doesn't hold yet; cells of other grids and budgets stay there.
 
     Args:
         recipe: network, stream, loss, optimizer; ``recipe.steps`` is the longest budget. Its ``depth`` and ``knee``
             give the law, so ``depth`` must be given.
         grid: γ's, rates and seeds.
         folder: made if it isn't there. A killed call goes on in it.
-        budgets: steps at which a record is made, all from the same runs; ``recipe.steps`` if empty.
+        budgets: steps at which a record is made (or one such number), all from the same runs; ``recipe.steps`` if
+            empty.
         one_at_a_time: see :func:`gammaopt.online.train_many`.
         on_progress: called now and then with the run-steps of this call.
 
     Raises:
-        UsageError: if the folder holds runs of another recipe, of other budgets or other versions, or other files, or
-            is in use. Nothing in it is changed then.
+        UsageError: if the folder holds runs of another recipe or other versions, or other files, or is in use. Nothing
+            in it is changed then.
     """
     if recipe.depth is None:
         raise UsageError("the recipe has no depth, which the law needs; give Recipe(depth=…)")
@@ -198,29 +206,21 @@ def portrait(
     runs = [
         grid.run(gamma, rate, seed, law) for seed in grid.seeds for gamma in grid.gammas for rate in grid.rates
     ]  # fmt: skip
-    identity = {"recipe": _describe(recipe), "budgets": list(ends), "versions": _versions()}
+    folder, identity = Path(folder), {"recipe": _describe(recipe), "versions": _versions()}
     _check(folder, identity)
     with locked(folder):
         _check(folder, identity)
         if not (folder / "portrait.json").exists():
-            write_atomically(folder / "portrait.json", json.dumps(identity, indent=2) + "\n")
+            write_atomically(folder / "portrait.json", json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
         file = RunFile(folder / "runs.jsonl", RunRecord.from_dict)
         try:
-            held = {key for key, cell in by_run(file.records).items() if {r.steps for r in cell} >= set(ends)}
-            train_many(
-                recipe,
-                [run for run in runs if run not in held],
-                budgets=ends,
-                one_at_a_time=one_at_a_time,
-                checkpoint=folder / "stack.pt",
-                on_done=lambda _, records: file.add(*records),
-                on_progress=on_progress,
-            )
+            _train_missing(recipe, runs, ends, file, one_at_a_time, on_progress)
         finally:
             file.close()
         # A kill between the lines of one run leaves some of its budgets twice: the last one of each counts.
         cells = {key: {record.steps: record for record in cell} for key, cell in by_run(file.records).items()}
-        made = Portrait(grid, law, ends, tuple(cells[run][end] for run in runs for end in ends))
+        records = tuple(cells[run][end] for run in runs for end in ends)
+        made = Portrait(grid, law, ends, records, sum(map(len, cells.values())) - len(records))
         arrays = {f"{name}_{end}": array for end in ends for name, array in made.arrays(end).items()}
         axes = {"gammas": np.array(grid.gammas), "rates": np.array(grid.rates), "seeds": np.array(grid.seeds)}
         partial = folder / "portrait.partial.npz"
@@ -229,10 +229,59 @@ def portrait(
     return made
 
 
+def _train_missing(
+    recipe: Recipe,
+    runs: Sequence[Run],
+    ends: Sequence[int],
+    file: RunFile[RunRecord],
+    one_at_a_time: bool,
+    on_progress: Callable[[Progress], object] | None,
+) -> None:
+    """Train the runs that the file lacks budgets of, each to the longest it lacks; those with the same one together."""
+    held = {key: {record.steps for record in cell} for key, cell in by_run(file.records).items()}
+    lacking: dict[int, list[Run]] = {}
+    missing: dict[int, set[int]] = {}
+    for run in runs:
+        lacks = set(ends) - held.get(run, set())
+        if lacks:
+            lacking.setdefault(max(lacks), []).append(run)
+            missing.setdefault(max(lacks), set()).update(lacks)
+    checkpoint = file.path.with_name("stack.pt")
+    begun = set(saved_runs(checkpoint))
+    # What a killed call had begun comes first: another group would write its own checkpoint over it.
+    groups = sorted(lacking.items(), key=lambda group: not begun & set(group[1]))
+    lengths = [len(members) * (sum(missing[longest]) if one_at_a_time else longest) for longest, members in groups]
+    total, done, restored = sum(lengths), 0, 0
+    for (longest, members), length in zip(groups, lengths, strict=True):
+        last = Progress(0, length)
+
+        def show(progress: Progress) -> None:
+            nonlocal last
+            last = progress
+            if on_progress is not None:
+                on_progress(Progress(done + progress.done, total, restored + progress.restored))  # noqa: B023
+
+        train_many(
+            dataclasses.replace(recipe, steps=longest),
+            members,
+            budgets=sorted(missing[longest]),
+            one_at_a_time=one_at_a_time,
+            checkpoint=checkpoint,
+            on_done=lambda _, records: file.add(*records),
+            on_progress=show,
+        )
+        done, restored = done + length, restored + last.restored
+
+
 def _describe(recipe: Recipe) -> dict[str, Any]:
     """What makes a cell of one recipe another than the same cell of another."""
+    with seeded("cpu", 0):  # the caller's generator is left as it is
+        network = _in_one_line(built(recipe))
+    with torch.device("meta"):
+        base = None if recipe.base is None else _in_one_line(recipe.base())
     return {
-        "network": " ".join(repr(recipe.build()).split()),
+        "network": network,
+        "base": base,
         "stream": recipe.stream.name,
         "loss": recipe.loss,
         "optimizer": recipe.optimizer,
@@ -244,6 +293,10 @@ def _describe(recipe: Recipe) -> dict[str, Any]:
         "device": recipe.device,
         "dtype": str(recipe.dtype),
     }
+
+
+def _in_one_line(net: nn.Module) -> str:
+    return " ".join(repr(net).split())
 
 
 def _versions() -> dict[str, str]:
@@ -267,16 +320,31 @@ def _check(folder: Path, identity: dict[str, Any]) -> None:
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        flat_found = {**found["recipe"], "budgets": found["budgets"], **found["versions"]}
+        there = {**found["recipe"], **found["versions"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{path} is not a readable portrait ({type(error).__name__}); "
             "restore it, or choose another folder with --out"
         ) from None
-    flat = {**identity["recipe"], "budgets": identity["budgets"], **identity["versions"]}
-    for name, value in flat.items():
-        if flat_found.get(name) != value:
-            raise UsageError(
-                f"{folder} holds a portrait of another {name} ({flat_found.get(name)} there, {value} here); "
-                "choose another folder with --out"
-            )
+    for name, here in {**identity["recipe"], **identity["versions"]}.items():
+        if there.get(name) != here:
+            what = f"{name.replace('_', ' ')} ({_difference(there.get(name), here)})"
+            raise UsageError(f"{folder} holds a portrait of another {what}; choose another folder with --out")
+
+
+SHOWN = 40  # characters of a long value, from shortly ahead of where two of them part
+
+
+def _difference(there: object, here: object) -> str:
+    """``a there, b here``; of long values the part where they differ."""
+    a, b = ("none" if value is None else str(value) for value in (there, here))
+    if max(len(a), len(b)) > SHOWN:
+        same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        start = max(a.rfind(" ", 0, max(0, same - 1)), 0)  # the word they part in and the one before it
+
+        def shown(text: str) -> str:
+            part = text[start:].strip()
+            return ("…" if start else "") + (part if len(part) <= SHOWN else part[:SHOWN] + "…")
+
+        a, b = shown(a), shown(b)
+    return f"{a} there, {b} here"

@@ -54,6 +54,7 @@ def save(path: Path, runs: list[Run], ends: list[int], stack: Stack, traces: Tra
     buffer = io.BytesIO()
     torch.save(content, buffer)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, buffer.getvalue())
     except OSError as error:
         raise UsageError(
@@ -91,8 +92,8 @@ def _read(path: Path, device: str) -> dict[str, Any] | None:
     try:
         content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
         content["of"]["runs"]
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
         raise DamagedCheckpointError(
-            f"{path} can't be read as a checkpoint ({type(error).__name__}); remove it"
+            f"{path} can't be read as a checkpoint ({type(error).__name__}); move it away, or give another file"
         ) from error
     return content

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from gammaopt.online._device import cuda_device
 from gammaopt.online._stack import Stack
 
 WARM_UP = 3  # ordinary steps before recording: libraries choose their kernels and take their memory then
@@ -22,17 +23,40 @@ Made = tuple[Tensor, Tensor]
 Record = Callable[[Callable[[], Made]], Callable[[], Made]]
 
 
-def cuda_graph(function: Callable[[], Made]) -> Callable[[], Made]:
-    """Record what ``function`` starts on the accelerator; what comes back replays it into the same tensors."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        made = function()
+class CudaGraphs:
+    """Records and replays on one CUDA device, whichever is current: :func:`torch.cuda.graph` by itself captures on a
+    stream that it keeps for the whole process, on the device that was current when it was first used.
 
-    def replay() -> Made:
-        graph.replay()
+    Args:
+        device: with its index.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def __call__(self, function: Callable[[], Made]) -> Callable[[], Made]:
+        """Record what ``function`` starts on the accelerator; what comes back replays it into the same tensors."""
+        with torch.cuda.device(self._device):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self._stream):
+                made = function()
+
+        def replay() -> Made:
+            with torch.cuda.device(self._device):
+                graph.replay()
+            return made
+
+        return replay
+
+    def beside(self, function: Callable[[], Made]) -> Made:
+        """Call ``function`` on the stream that records, as recording wants its warm-up."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            made = function()
+        current.wait_stream(self._stream)
         return made
-
-    return replay
 
 
 class Stepper:
@@ -40,14 +64,14 @@ class Stepper:
 
     Args:
         stack: whose steps; when it loses runs, its next steps are recorded anew.
-        record: makes the replay of a function; :func:`cuda_graph` on an accelerator if ``None``.
+        record: makes the replay of a function; if ``None``, :class:`CudaGraphs` of the recipe's device if that is one.
     """
 
     def __init__(self, stack: Stack, record: Record | None = None) -> None:
         self._stack = stack
-        cuda = torch.device(stack.recipe.device).type == "cuda"
-        self._record = record or (cuda_graph if cuda else None)
-        self._stream = torch.cuda.Stream() if cuda else None
+        device = cuda_device(stack.recipe.device)
+        self._graphs = None if device is None else CudaGraphs(device)
+        self._record = record or self._graphs
         self._forget()
 
     def _forget(self) -> None:
@@ -63,7 +87,7 @@ class Stepper:
             self._forget()
         if self._ordinary:
             self._ordinary -= 1
-            return self._beside()
+            return self._graphs.beside(stack.train_step) if self._graphs else stack.train_step()
         if self._replay is None:
             try:
                 self._replay = self._recorded(self._record)
@@ -79,16 +103,6 @@ class Stepper:
             place.fill_(number)
         losses, shares = self._replay()
         return losses.clone(), shares.clone()
-
-    def _beside(self) -> Made:
-        """An ordinary step on a stream of its own, as recording wants its warm-up."""
-        if self._stream is None:
-            return self._stack.train_step()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            made = self._stack.train_step()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return made
 
     def _recorded(self, record: Record) -> Callable[[], Made]:
         stack = self._stack

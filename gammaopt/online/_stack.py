@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from gammaopt._errors import UsageError
 from gammaopt._plan import Plan, Scale
 from gammaopt._wrap import unwrap
+from gammaopt.online._device import seeded
+from gammaopt.online._losses import check_output, hits, mean_loss
 from gammaopt.online.streams import Batches
 from gammaopt.online.train import (
     FAMILIES,
@@ -26,7 +27,6 @@ from gammaopt.online.train import (
     fresh_model,
     held_out_samples,
     mixes_samples,
-    seeded,
 )
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
@@ -242,6 +242,7 @@ class Stack:
         inputs = self.batch()[0]
         inputs = inputs.expand(len(self.runs), *inputs.shape) if self.shared else inputs
         outputs = self._batched(self.parameters, inputs, shared=False)[:1]
+        check_output(self.recipe.loss, self.recipe.stream.classes, outputs[0])
         if mixes_samples(self.net):  # known to, and h₀ is that of each batch by itself
             return True
         other = seed.batches[1][0] if seed.batches.steps > 1 else seed.batches[0][0][:1]
@@ -275,10 +276,10 @@ class Stack:
             output = self.outputs(inputs)
             # At θ₀ the difference is 0 to the last bit, which a sum in another order need not be.
             output = (output - (output.detach() if frozen is None else frozen)) / self._gammas.view(-1, 1, 1)
-            losses = stacked_loss(self.recipe.loss, output, targets)
+            losses = mean_loss(self.recipe.loss, output, targets)
             gradients = torch.autograd.grad(losses.sum(), self._leaves)
         with torch.no_grad():
-            shares = stacked_hits(output, targets).to(losses.dtype).mean(-1)
+            shares = hits(output, targets).to(losses.dtype).mean(-1)
             for (name, stacked), gradient in zip(self.parameters.items(), gradients, strict=True):
                 self._update(name, stacked, gradient.view_as(stacked), corrections)
         return losses.detach(), shares
@@ -313,8 +314,8 @@ class Stack:
                 inputs, targets, frozen = self._gather(parts)
                 output = (self.outputs(inputs) - frozen) / self._gammas.view(-1, 1, 1)
                 share = targets.shape[-1] / count
-                accuracy += share * stacked_hits(output, targets).to(accuracy.dtype).mean(-1)
-                loss += share * stacked_loss(self.recipe.loss, output, targets)
+                accuracy += share * hits(output, targets).to(accuracy.dtype).mean(-1)
+                loss += share * mean_loss(self.recipe.loss, output, targets)
         return list(zip(accuracy.tolist(), loss.tolist(), strict=True))
 
 
@@ -331,26 +332,6 @@ def _check_fixed(seeds: Seeds, runs: list[Run], fixed: dict[str, Tensor]) -> Non
                     f"{what} drawn anew for each seed, which a stack of several seeds can't hold; "
                     "make it the same for all seeds, or give one_at_a_time=True"
                 )
-
-
-def stacked_loss(loss: str, output: Tensor, targets: Tensor) -> Tensor:
-    """Loss of each run, (K,), from outputs (K, size, outputs) and targets (size,) or (K, size)."""
-    targets = targets.expand(output.shape[0], targets.shape[-1])
-    if loss == "cross_entropy":
-        each = F.cross_entropy(output.flatten(0, 1), targets.flatten(), reduction="none")
-        return each.view(output.shape[:2]).mean(-1)
-    if targets.is_floating_point():
-        wanted = targets.to(output.dtype).view_as(output)
-    else:
-        wanted = F.one_hot(targets, output.shape[-1]).to(output.dtype)
-    return (output - wanted).square().flatten(1).mean(-1)
-
-
-def stacked_hits(output: Tensor, targets: Tensor) -> Tensor:
-    """Which samples each run answered right, (K, size)."""
-    if targets.is_floating_point():
-        return torch.zeros(output.shape[:2], dtype=torch.bool, device=output.device)
-    return output.argmax(-1) == targets
 
 
 class Traces:
@@ -385,7 +366,7 @@ def check_forward(stack: Stack) -> None:
     try:
         apart = stack.try_forward()
     except (RuntimeError, ValueError, TypeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, (torch.OutOfMemoryError, UsageError)):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CannotStackError(

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from gammaopt._errors import UsageError, at_least, positive
 from gammaopt._laws import SMALLEST_FLOAT32_GAMMA
 from gammaopt.online._checkpoint import Scores, restore, save, saved_runs
+from gammaopt.online._device import on_device, seeded
 from gammaopt.online._graph import Stepper
 from gammaopt.online._stack import CannotStackError, Seeds, Stack, Traces, check_forward
 from gammaopt.online.record import RunRecord
-from gammaopt.online.train import FAMILIES, LOOK_EVERY, Recipe, Run, first_bad, seeded, summarise, train
+from gammaopt.online.train import FAMILIES, LOOK_EVERY, Recipe, Run, built, first_bad, summarise, train
 
 STACK_BYTES = 32 * 2**20  # parameters, gradients and states of a stack: about a processor's last-level cache
 ALONE_BYTES = 2**20  # a run that has this much of its own fills the processor by itself
@@ -58,11 +59,11 @@ def train_many(
     recipe: Recipe,
     runs: Iterable[Run],
     *,
-    budgets: Sequence[int] = (),
+    budgets: Sequence[int] | int = (),
     stack: int | None = None,
     one_at_a_time: bool = False,
     shared: Seeds | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     checkpoint_seconds: float | None = None,
     on_done: Done | None = None,
     on_progress: Callable[[Progress], object] | None = None,
@@ -75,14 +76,15 @@ def train_many(
     Args:
         recipe: network, stream, loss, optimizer; ``recipe.steps`` is the longest budget.
         runs: γ, rate and seed of each, all different.
-        budgets: steps at which a record is made, each at most ``recipe.steps``. The rate is constant, so a run of
-            1,000 steps holds the one of 300. Only ``recipe.steps`` if empty.
+        budgets: steps at which a record is made (or one such number), each at most ``recipe.steps``. The rate is
+            constant, so a run of 1,000 steps holds the one of 300. Only ``recipe.steps`` if empty.
         stack: how many runs to train together; by default as many as the caches or the accelerator hold, and one
             where a single run fills the machine.
         one_at_a_time: train run by run, with the modules as they are: for networks that can't be stacked.
         shared: batches and h₀ of each seed, kept from one call of the same recipe to the next.
         checkpoint: file for the state of the stack in training, written now and then and removed at the end; a call
-            with the same runs goes on from there.
+            with the same runs goes on from there. Its folder is made if it isn't there. A file that is no checkpoint
+            is left alone, and an error.
         checkpoint_seconds: how often it is written; every 30 s if ``None``.
         on_done: called with each run and its records, as soon as they are known.
         on_progress: called now and then; may raise :class:`StopTraining`.
@@ -100,11 +102,9 @@ def train_many(
         >>> [(record.gamma, record.steps) for record in records]
         [(1.0, 10), (1.0, 20), (10.0, 10), (10.0, 20)]
     """
-    runs = [Run(positive("gamma", gamma), positive("lr", lr), seed) for gamma, lr, seed in runs]
-    if len(set(runs)) < len(runs):
-        twice = next(run for i, run in enumerate(runs) if run in runs[:i])
-        raise UsageError(f"the run γ={twice.gamma:g}, lr={twice.lr:g}, seed={twice.seed} is given twice; drop one")
+    runs = check_runs(runs)
     ends = check_budgets(budgets, recipe.steps)
+    checkpoint = None if checkpoint is None else Path(checkpoint)
     if stack is not None:
         at_least("stack", stack, 1)
     seconds = CHECKPOINT_SECONDS if checkpoint_seconds is None else checkpoint_seconds
@@ -117,29 +117,30 @@ def train_many(
         if on_done is not None:
             on_done(run, records)
 
-    for dtype, members in _by_dtype(recipe, runs):
-        seeds = _seeds(dataclasses.replace(recipe, dtype=dtype), shared)
-        if one_at_a_time:
-            for run in members:
-                batches = seeds.batches(run.seed)
-                cut = [dataclasses.replace(seeds.recipe, steps=end) for end in ends]
-                finish(run, [train(part, **run._asdict(), batches=batches) for part in cut])
-                seeds.forget(but=KEPT_SEEDS)
-                progress.add(each)
-            continue
-        queue = _stacks(seeds, members, stack, checkpoint)
-        while queue:
-            part = queue.pop(0)
-            try:
-                _train_stack(seeds, part, ends, (checkpoint, seconds), finish, progress)
-                seeds.forget(but=KEPT_SEEDS)
-            except torch.OutOfMemoryError:
-                if len(part) == 1:
-                    raise
-                torch.cuda.empty_cache()
-                half = (len(part) + 1) // 2
-                queue = [part[:half], part[half:], *queue]
-                progress.rewind()
+    with on_device(recipe.device):
+        for dtype, members in _by_dtype(recipe, runs):
+            seeds = _seeds(dataclasses.replace(recipe, dtype=dtype), shared)
+            if one_at_a_time:
+                for run in members:
+                    batches = seeds.batches(run.seed)
+                    cut = [dataclasses.replace(seeds.recipe, steps=end) for end in ends]
+                    finish(run, [train(part, **run._asdict(), batches=batches) for part in cut])
+                    seeds.forget(but=KEPT_SEEDS)
+                    progress.add(each)
+                continue
+            queue = _stacks(seeds, members, stack, checkpoint)
+            while queue:
+                part = queue.pop(0)
+                try:
+                    _train_stack(seeds, part, ends, (checkpoint, seconds), finish, progress)
+                    seeds.forget(but=KEPT_SEEDS)
+                except torch.OutOfMemoryError:
+                    if len(part) == 1:
+                        raise
+                    torch.cuda.empty_cache()
+                    half = (len(part) + 1) // 2
+                    queue = [part[:half], part[half:], *queue]
+                    progress.rewind()
     return [record for run in runs for record in results[run]]
 
 
@@ -147,8 +148,30 @@ def _seeds(recipe: Recipe, shared: Seeds | None) -> Seeds:
     return shared if shared is not None and shared.recipe == recipe else Seeds(recipe)
 
 
-def check_budgets(budgets: Sequence[int], steps: int) -> list[int]:
+def check_runs(runs: Iterable[Run]) -> list[Run]:
+    """The runs, γ and rates as floats, each once."""
+    example = "[Run(1.0, 0.1, 0), …]: γ, rate and seed of each"
+    if isinstance(runs, Run) or not isinstance(runs, Iterable):
+        raise UsageError(f"runs={runs!r} is no list of runs; give {example}")
+    checked = []
+    for run in runs:
+        try:
+            gamma, lr, seed = run
+        except (TypeError, ValueError):
+            raise UsageError(f"{run!r} among the runs is no run; give {example}") from None
+        if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+            raise UsageError(f"seed={seed!r} is not a whole number; give {example}")
+        checked.append(Run(positive("gamma", gamma), positive("lr", lr), seed))
+    if len(set(checked)) < len(checked):
+        twice = next(run for i, run in enumerate(checked) if run in checked[:i])
+        raise UsageError(f"the run γ={twice.gamma:g}, lr={twice.lr:g}, seed={twice.seed} is given twice; drop one")
+    return checked
+
+
+def check_budgets(budgets: Sequence[int] | int, steps: int) -> list[int]:
     """The budgets in ascending order, each once; only ``steps`` if there are none."""
+    if not isinstance(budgets, Iterable):
+        budgets = (budgets,)
     ends = sorted({at_least("budget", budget, 1) for budget in budgets} or {steps})
     if ends[-1] > steps:
         raise UsageError(f"budget={ends[-1]} is more than the recipe's steps={steps}; give at most {steps}")
@@ -196,13 +219,13 @@ def together(recipe: Recipe, seed: int = 0) -> int:
 
     Returns 0 where the network can't be stacked, which leaves ``one_at_a_time=True``.
     """
-    seeds = Seeds(recipe)
-    try:
-        pair = [Run(1.0, 1.0, seed), Run(1.0, 1.0, seed + 1)]
-        check_forward(Stack(seeds, pair))
-    except CannotStackError:
-        return 0
-    return _stack_size(seeds, pair)
+    seeds, pair = Seeds(recipe), [Run(1.0, 1.0, seed), Run(1.0, 1.0, seed + 1)]
+    with on_device(recipe.device):
+        try:
+            check_forward(Stack(seeds, pair))
+        except CannotStackError:
+            return 0
+        return _stack_size(seeds, pair)
 
 
 def bytes_per_run(recipe: Recipe) -> int:
@@ -215,8 +238,8 @@ def bytes_per_run(recipe: Recipe) -> int:
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
-    with seeded(recipe.device, 0), hooks:  # the caller's generator is left as it is
-        net = recipe.build().to(recipe.dtype)
+    with on_device(recipe.device), seeded(recipe.device, 0), hooks:  # the caller's generator is left as it is
+        net = built(recipe).to(recipe.dtype)
         output = net(inputs[0].to(recipe.dtype))
     for parameter in net.parameters():
         kept.pop(parameter.data_ptr(), None)

@@ -7,20 +7,20 @@ never reads a number back from the device inside a step: losses and hits are kep
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gammaopt._errors import UsageError, at_least, one_of, positive
 from gammaopt._laws import EtaLaw, Loss, OptimizerFamily
 from gammaopt._plan import Parametrization, Plan
 from gammaopt._wrap import Center, wrap
+from gammaopt.online._device import check_device, on_device, seeded
+from gammaopt.online._losses import check_output, hits, mean_loss
 from gammaopt.online.record import Curve, RunRecord, log_spaced, six_digits
 from gammaopt.online.streams import Batches, Stream
 from gammaopt.optim import SGD, Adam, AdamW
@@ -71,6 +71,7 @@ class Recipe:
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
+        self._check_parts()
         one_of("loss", self.loss, get_args(Loss))
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         at_least("steps", self.steps, 1)
@@ -81,6 +82,23 @@ class Recipe:
             raise UsageError(f"momentum={self.momentum:g} must be ≥ 0 and < 1")
         if self.momentum and self.optimizer != "sgd":
             raise UsageError(f"momentum={self.momentum:g} goes with optimizer='sgd', not with {self.optimizer!r}")
+        check_device(self.device)
+
+    def _check_parts(self) -> None:
+        """What makes networks and what makes batches, and not one given for the other."""
+        for name, make in {"build": self.build, "base": self.base}.items():
+            if isinstance(make, nn.Module):
+                kind = type(make).__name__
+                raise UsageError(
+                    f"{name} is one {kind}, and every run needs a fresh one; give what makes it: lambda: {kind}(…)"
+                )
+            if not callable(make) and not (name == "base" and make is None):
+                raise UsageError(f"{name}={make!r} can't be called; give what makes a network: lambda: MLP(144, 10)")
+        stream: object = self.stream
+        if isinstance(stream, type):
+            raise UsageError(f"stream is the class {stream.__name__}; give an instance of it: {stream.__name__}(…)")
+        if not all(hasattr(stream, name) for name in ("name", "shape", "classes", "batches")):
+            raise UsageError(f"stream={stream!r} is no stream; give one, e.g. build_stream('digits')")
 
 
 class Run(NamedTuple):
@@ -121,10 +139,11 @@ def train(recipe: Recipe, *, gamma: float, lr: float, seed: int, batches: Batche
             f"batches of seed {batches.seed}, size {batches.size}, {batches.steps} steps can't serve "
             f"seed {seed}, size {recipe.batch_size}, {recipe.steps} steps; record them anew"
         )
-    with seeded(recipe.device, seed):
-        model, log = _run(recipe, gamma, lr, batches)
+    with on_device(recipe.device):
+        with seeded(recipe.device, seed):
+            model, log = _run(recipe, gamma, lr, batches)
+        score = held_out(recipe, seed, model) if log.diverged_at() is None else (0.0, math.nan)
     plan = cast("Plan", model.gammaopt)
-    score = held_out(recipe, seed, model) if log.diverged_at() is None else (0.0, math.nan)
     return summarise(
         Run(gamma, lr, seed), recipe.steps, plan.law(FAMILIES[recipe.optimizer]), log.losses(), log.hits(), score
     )
@@ -134,12 +153,13 @@ def _run(recipe: Recipe, gamma: float, lr: float, batches: Batches) -> tuple[nn.
     model = fresh_model(recipe, gamma, batches[0][0])
     settings: dict[str, Any] = {"momentum": recipe.momentum} if recipe.optimizer == "sgd" else {}
     optimizer = OPTIMIZERS[recipe.optimizer](model.parameters(), lr=lr, **settings)  # type: ignore[call-arg]
-    criterion = CRITERIA[recipe.loss]
     log = _Log()
     for step in range(recipe.steps):
         inputs, targets = batches[step]
         output = model(inputs.to(recipe.dtype))
-        loss = criterion(output, targets)
+        if step == 0:
+            check_output(recipe.loss, recipe.stream.classes, output)
+        loss = mean_loss(recipe.loss, output, targets)
         log.add(loss, output, targets)
         optimizer.zero_grad()
         loss.backward()
@@ -149,33 +169,12 @@ def _run(recipe: Recipe, gamma: float, lr: float, batches: Batches) -> tuple[nn.
     return model, log
 
 
-@contextmanager
-def seeded(device: str, seed: int) -> Iterator[None]:
-    """torch's global generators, seeded for a run (initialisation, dropout) and given back as they were."""
-    cuda = torch.device(device).type == "cuda"
-    with torch.random.fork_rng([torch.device(device).index or 0] if cuda else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def mean_squared_error(output: Tensor, targets: Tensor) -> Tensor:
-    """Mean over samples and outputs; class targets become one-hot vectors."""
-    if targets.is_floating_point():
-        return F.mse_loss(output, targets.to(output.dtype).view_as(output))
-    return F.mse_loss(output, F.one_hot(targets, output.shape[-1]).to(output.dtype))
-
-
-CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "mse": mean_squared_error,
-    "cross_entropy": F.cross_entropy,
-}
-
-
-def hits(output: Tensor, targets: Tensor) -> Tensor:
-    """Which samples were answered right. f = 0 ties all classes and argmax takes the first: chance."""
-    if targets.is_floating_point():
-        return torch.zeros(len(targets), dtype=torch.bool, device=output.device)
-    return output.argmax(-1) == targets
+def built(recipe: Recipe) -> nn.Module:
+    """A network of the recipe. Raises :class:`UsageError` if ``build`` makes something else."""
+    net: object = recipe.build()
+    if not isinstance(net, nn.Module):
+        raise UsageError(f"build made a {type(net).__name__}, not a torch.nn.Module; return the network from it")
+    return net
 
 
 def fresh_model(recipe: Recipe, gamma: float, example: Tensor, center: Center = "copy") -> nn.Module:
@@ -183,7 +182,7 @@ def fresh_model(recipe: Recipe, gamma: float, example: Tensor, center: Center = 
     with torch.device("meta"):
         base = None if recipe.base is None else recipe.base()
     model = wrap(
-        recipe.build().to(recipe.dtype),
+        built(recipe).to(recipe.dtype),
         gamma,
         depth=recipe.depth,
         example_inputs=example.to("cpu", recipe.dtype),
@@ -272,7 +271,7 @@ def held_out(recipe: Recipe, seed: int, model: nn.Module) -> tuple[float, float]
     inputs, targets = held_out_samples(recipe, seed)
     model.eval()
     output = torch.cat([model(part) for part in inputs.split(HELD_OUT_SLICE if mixes_samples(model) else len(inputs))])
-    loss = float(CRITERIA[recipe.loss](output, targets))
+    loss = float(mean_loss(recipe.loss, output, targets))
     return float(hits(output, targets).double().mean()), loss
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gammaopt._errors import UsageError
-from gammaopt._fit import Interval, Of, critical_rates, fit_slopes
+from gammaopt._fit import FEWEST, Interval, Of, critical_rates, fit_slopes
 from gammaopt.diagnostics._portrait import Portrait, predicted_trained_edge
 
 if TYPE_CHECKING:
@@ -26,14 +26,17 @@ EDGES = (("γ²", 2.0, ":"), ("γ", 1.0, "--"))
 
 @dataclass(frozen=True)
 class ExponentRow:
-    """One exponent of a portrait: measured, with its 95 % interval, beside the predicted one."""
+    """One exponent of a portrait: measured, with its 95 % interval, beside the predicted one.
+
+    ``interval`` is ``None`` where there is one point for each of three γ: resampling them can't tell one.
+    """
 
     budget: int
     what: str
     side: str
     predicted: float
     measured: float
-    interval: Interval
+    interval: Interval | None
 
 
 def exponents(portrait: Portrait) -> list[ExponentRow]:
@@ -55,11 +58,12 @@ def _rows(portrait: Portrait, budget: int, of: Of, what: str, knee: float) -> li
         slopes = fit_slopes(critical_rates(portrait.at(budget), of), bend=knee)
     except UsageError:
         return []
+    varied = len(slopes.points) > FEWEST
     rows = []
     if slopes.lazy is not None and slopes.lazy_interval is not None:
-        rows.append(ExponentRow(budget, what, "γ ≤ 1", law.lazy, slopes.lazy, slopes.lazy_interval))
+        rows.append(ExponentRow(budget, what, "γ ≤ 1", law.lazy, slopes.lazy, slopes.lazy_interval if varied else None))
     if slopes.rich is not None and slopes.rich_interval is not None:
-        rows.append(ExponentRow(budget, what, "γ ≥ 1", law.rich, slopes.rich, slopes.rich_interval))
+        rows.append(ExponentRow(budget, what, "γ ≥ 1", law.rich, slopes.rich, slopes.rich_interval if varied else None))
     return rows
 
 
@@ -90,7 +94,8 @@ def draw_portrait(portrait: Portrait) -> Figure:
     for axis in axes.flat:
         handles, names = axis.get_legend_handles_labels()
         named.update(dict(zip(names, handles, strict=True)))
-    named["diverged"] = Patch(facecolor="none", edgecolor=DIVERGED, hatch=HATCH)
+    if any(record.diverged_at is not None for record in portrait.records):
+        named["diverged"] = Patch(facecolor="none", edgecolor=DIVERGED, hatch=HATCH)
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 

@@ -2,6 +2,7 @@
 
 study.json    the frozen plan, the versions and the git commit it began under, written first; the folder belongs to it
 runs.jsonl    one line for each finished run; a run found here is never trained again
+stack-….pt    the runs in training, one file for each process, while there are some
 study.db      Optuna's SQLite storage, unless another storage was given
 result.json   the result, and report.html
 lock          held while a process works here

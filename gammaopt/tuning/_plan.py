@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gammaopt._errors import UsageError, at_least, one_of
+from gammaopt._errors import at_least, one_of
 from gammaopt._laws import SMALLEST_FLOAT32_GAMMA, EtaLaw
+from gammaopt.online._device import check_device
 from gammaopt.online.record import RunRecord
 from gammaopt.online.tasks import Task, get_task
 from gammaopt.online.train import FAMILIES, OPTIMIZERS, Recipe
@@ -68,7 +69,7 @@ class StudyPlan(Plan):
         if given is None and at_least("steps", self.steps, 1):  # type: ignore[arg-type]
             object.__setattr__(self, "gamma_range", self.trainable_range())
         self._check_budget()
-        _check_device(self.device)
+        check_device(self.device)
 
     def trainable_range(self) -> tuple[float, float]:
         """The range of γ that its step budget can train."""
@@ -169,17 +170,3 @@ def flops_per_step(recipe: Recipe) -> float:
         with torch.no_grad():
             net(inputs)
     return float(counter.get_total_flops())
-
-
-def _check_device(name: str) -> None:
-    import torch
-
-    try:
-        torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"unknown device {name!r}; choose cpu, or cuda on a machine that has it") from None
-    try:
-        torch.empty(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0].partition(". ")[0]
-        raise UsageError(f"device {name!r} can't be used: {reason}; choose cpu") from None

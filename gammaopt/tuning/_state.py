@@ -195,7 +195,7 @@ def confirm_in_folder(path: Path, state: StudyState, seeds: int | None, jobs: in
     if all(cell in state.runs for cell in cells):
         return state.result(seeds)
     check_versions(state.where, state.versions)
-    with opened(path, state.plan) as folder, Workers(state.plan, jobs) as workers:
+    with opened(path, state.plan) as folder, Workers(state.plan, jobs, checkpoints=path) as workers:
         for record in workers.run([cell for cell in cells if cell not in folder.runs]):
             folder.add(record)
     return read_folder(path).result(seeds)

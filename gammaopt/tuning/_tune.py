@@ -19,7 +19,7 @@ from gammaopt.tuning._plan import StudyPlan
 from gammaopt.tuning._record import Record
 from gammaopt.tuning._result import Arm, Rival, Spent, Trial, TuneResult, edges
 from gammaopt.tuning._search import Search, open_storage, search, without_secrets
-from gammaopt.tuning._workers import Workers
+from gammaopt.tuning._workers import Workers, forget_begun
 
 if TYPE_CHECKING:
     from gammaopt.tuning._remote import RemoteWorkers
@@ -194,6 +194,7 @@ def run_study(
         result = result_from(plan, trials, folder.runs, folder.versions, folder.git_commit, command)
         if not folder.finished:
             folder.write("result.json", result.to_json())
+            forget_begun(folder.path)
         elif folder.differs(result.to_json()):
             raise UsageError(
                 f"{out / 'result.json'} is not what the runs beside it give; remove it to have it written again"
@@ -246,7 +247,7 @@ def _workers(
     plan: StudyPlan, jobs: int, storage: str | None, remote: Remote | None, folder: Folder
 ) -> Workers | RemoteWorkers:
     if remote is None or storage is None:
-        return Workers(plan, jobs)
+        return Workers(plan, jobs, checkpoints=folder.path)
     from gammaopt.tuning._remote import RemoteWorkers
 
     return RemoteWorkers(plan, storage, remote, began_under=folder.versions, study_id=folder.study_id)

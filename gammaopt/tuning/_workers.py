@@ -3,10 +3,14 @@
 A process trains its share of the cells as one stack, on one thread: a small run leaves even that idle, and several
 processes use the cores better than several threads. A run's arithmetic is its own in a stack of any size, so on a
 processor the numbers don't depend on how many processes there are, or on where a study was stopped.
+
+A share in training has a checkpoint in the study's folder, ``stack-….pt``. Where it is found, its runs are a share
+again, whatever else is to do: a killed study goes on in the midst of its stacks.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import multiprocessing
 import os
@@ -18,11 +22,13 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import pairwise
 from multiprocessing.connection import wait
+from pathlib import Path
 from types import TracebackType
 
 import torch
 
 from gammaopt._errors import UsageError
+from gammaopt.online._checkpoint import DamagedCheckpointError, saved_runs
 from gammaopt.online._stack import Seeds
 from gammaopt.online.ensemble import KEPT_SEEDS, together, train_many
 from gammaopt.online.record import RunRecord
@@ -30,7 +36,8 @@ from gammaopt.online.train import Recipe, Run
 from gammaopt.tuning._folder import Cell
 from gammaopt.tuning._plan import StudyPlan
 
-SHARE = 96  # cells that a process trains at a time: more gain little, and a kill would cost as much more
+SHARE = 96  # cells that a process trains at a time: more gain little
+CHECKPOINT_SECONDS = 10.0  # of training that a kill costs each process at most; writing 96 small runs takes 0.1 s
 
 
 class Trainer:
@@ -40,7 +47,7 @@ class Trainer:
         self.recipe, self.stack = recipe, stack
         self._shared = Seeds(recipe)
 
-    def __call__(self, cells: list[Cell]) -> list[RunRecord]:
+    def __call__(self, cells: list[Cell], checkpoint: Path | None = None) -> list[RunRecord]:
         """Their records. ``stack`` is how many may be trained together, or 0 if the network can't be stacked."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -51,6 +58,8 @@ class Trainer:
                 stack=self.stack or None,
                 one_at_a_time=not self.stack,
                 shared=self._shared,
+                checkpoint=checkpoint,
+                checkpoint_seconds=CHECKPOINT_SECONDS,
             )
         finally:
             self._shared.forget(but=KEPT_SEEDS)
@@ -61,10 +70,11 @@ class Workers:
     """``jobs`` processes that train cells; with ``jobs=1`` it is this process. A context manager.
 
     ``stack`` is how many runs may be trained together, and 0 for none; what :func:`together` finds if ``None``.
+    ``checkpoints`` is the folder for the state of what is in training; without one a kill loses whole shares.
     """
 
-    def __init__(self, plan: StudyPlan, jobs: int, stack: int | None = None) -> None:
-        self._plan, self._jobs, self._stack = plan, jobs, stack
+    def __init__(self, plan: StudyPlan, jobs: int, stack: int | None = None, checkpoints: Path | None = None) -> None:
+        self._plan, self._jobs, self._stack, self._checkpoints = plan, jobs, stack, checkpoints
         self._trainer: Trainer | None = None
         self._pool: ProcessPoolExecutor | None = None
 
@@ -78,11 +88,14 @@ class Workers:
             return
         if self._stack is None:
             self._stack = together(self._plan.recipe())
-        shares = _shares(cells, self._jobs, min(SHARE, self._stack or 1))
+        begun = {} if self._checkpoints is None else _begun(self._checkpoints, cells)
+        taken = {cell for share in begun.values() for cell in share}
+        fresh = _shares([cell for cell in cells if cell not in taken], self._jobs, min(SHARE, self._stack or 1))
+        shares = [*((share, path) for path, share in begun.items()), *((share, self._path(share)) for share in fresh)]
         if self._jobs == 1:
             self._trainer = self._trainer or Trainer(self._plan.recipe(), self._stack)
-            for share in shares:
-                yield from self._trainer(share)
+            for share, path in shares:
+                yield from self._trainer(share, path)
             return
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
@@ -90,7 +103,7 @@ class Workers:
             self._pool = ProcessPoolExecutor(self._jobs, context, initializer=_start_worker, initargs=given)
         try:
             with _sigint_held_back():
-                futures: list[Future[list[RunRecord]]] = [self._pool.submit(_run_in_worker, share) for share in shares]
+                futures: list[Future[list[RunRecord]]] = [self._pool.submit(_run_in_worker, *share) for share in shares]
             for future in as_completed(futures):
                 yield from future.result()
         except BrokenProcessPool:
@@ -98,6 +111,12 @@ class Workers:
                 "a worker process died (out of memory, or killed); run the same command again to go on, "
                 "with a smaller --jobs if it was memory"
             ) from None
+
+    def _path(self, share: list[Cell]) -> Path | None:
+        """Where the checkpoint of a share goes: a name of its own."""
+        if self._checkpoints is None:
+            return None
+        return self._checkpoints / f"stack-{hashlib.blake2b(repr(share).encode(), digest_size=6).hexdigest()}.pt"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -110,9 +129,32 @@ class Workers:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _begun(folder: Path, cells: list[Cell]) -> dict[Path, list[Cell]]:
+    """Checkpoint → the cells of the share that it is of, for shares of these cells that a killed process had begun."""
+    left, begun = set(cells), {}
+    for path in sorted(folder.glob("stack-*.pt")):
+        try:
+            share = [Cell(*run) for run in saved_runs(path)]
+        except DamagedCheckpointError:
+            path.replace(path.with_suffix(".damaged"))
+            continue
+        if left.issuperset(share):
+            begun[path] = share
+            left.difference_update(share)
+    return begun
+
+
+def forget_begun(folder: Path) -> None:
+    """Remove the checkpoints of a study that is finished."""
+    for path in folder.glob("stack-*.pt"):
+        path.unlink(missing_ok=True)
+
+
 def _shares(cells: list[Cell], jobs: int, size: int) -> list[list[Cell]]:
     """Equal shares of at most ``size`` cells, as many for each process, with the cells of a seed side by side."""
     cells = sorted(cells, key=lambda cell: cell.seed)
+    if not cells:
+        return []
     rounds = math.ceil(len(cells) / (jobs * size))
     count = min(rounds * jobs, len(cells))
     bounds = [round(i * len(cells) / count) for i in range(count + 1)]
@@ -148,5 +190,5 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _run_in_worker(cells: list[Cell]) -> list[RunRecord]:
-    return _worker(cells)
+def _run_in_worker(cells: list[Cell], checkpoint: Path | None) -> list[RunRecord]:
+    return _worker(cells, checkpoint)

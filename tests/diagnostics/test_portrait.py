@@ -14,14 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from gammaopt import EtaLaw
 from gammaopt._errors import UsageError
+from gammaopt.cli import _as_table
 from gammaopt.diagnostics import Grid, Portrait, portrait
 from gammaopt.diagnostics import _portrait as module
 from gammaopt.diagnostics._portrait import predicted_trained_edge
-from gammaopt.online import MLP, Curve, Digits, Progress, Recipe, Run, RunRecord, train, train_many
+from gammaopt.online import MLP, Curve, Digits, Parity, Progress, Recipe, Run, RunRecord, ensemble, train, train_many
 from gammaopt.online._stack import Stack
 from gammaopt.report import draw_portrait, exponents
 
@@ -176,22 +179,119 @@ def test_a_portrait_killed_with_9_goes_on_from_its_checkpoint_and_trains_no_fini
         assert ours.final_loss == (whole.final_loss and pytest.approx(whole.final_loss, rel=1e-4))
 
 
-def test_another_recipe_budget_or_version_is_refused_and_nothing_changes(
+def test_another_recipe_or_version_is_refused_and_nothing_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     portrait(RECIPE, GRID, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     other = dataclasses.replace(RECIPE, build=partial(MLP, 144, 10, width=8))
-    with pytest.raises(UsageError, match=r"holds a portrait of another network .*choose another folder"):
+    with pytest.raises(UsageError, match=r"a portrait of another network \((.*)\); choose another folder") as said:
         portrait(other, GRID, tmp_path)
+    assert "out_features=16" in str(said.value)
+    assert "out_features=8" in str(said.value)
+    assert len(str(said.value)) < 200 + len(str(tmp_path))
     with pytest.raises(UsageError, match=r"another loss \(mse there, cross_entropy here\)"):
         portrait(dataclasses.replace(RECIPE, loss="cross_entropy"), GRID, tmp_path)
-    with pytest.raises(UsageError, match=r"another budgets \(\[30\] there, \[20\] here\)"):
-        portrait(dataclasses.replace(RECIPE, steps=20), GRID, tmp_path)
+    with pytest.raises(UsageError, match=r"another batch size \(8 there, 4 here\)"):
+        portrait(dataclasses.replace(RECIPE, batch_size=4), GRID, tmp_path)
     monkeypatch.setattr(module, "_versions", lambda: {"gammaopt": "0.0", "torch": "0.0"})
     with pytest.raises(UsageError, match=r"another gammaopt \(.* there, 0\.0 here\)"):
         portrait(RECIPE, GRID, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_another_base_is_another_portrait(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, parametrization="as_is", knee=1.0, steps=3)
+    grid = Grid((1.0,), (0.1,))
+    portrait(dataclasses.replace(recipe, base=partial(MLP, 144, 10, width=4)), grid, tmp_path / "based")
+    portrait(recipe, grid, tmp_path / "plain")
+    for base, folder in ((None, "based"), (partial(MLP, 144, 10, width=8), "based"), (recipe.build, "plain")):
+        with pytest.raises(UsageError, match=r"holds a portrait of another base \(.* there, .* here\)"):
+            portrait(dataclasses.replace(recipe, base=base), grid, tmp_path / folder)
+
+
+DESCRIBED = dataclasses.replace(RECIPE, parametrization="as_is", knee=2.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"build": partial(MLP, 144, 10, width=8)},
+        {"base": partial(MLP, 144, 10, width=8)},
+        {"stream": Parity(20, 3)},
+        {"loss": "cross_entropy"},
+        {"optimizer": "adam"},
+        {"momentum": 0.5},
+        {"batch_size": 4},
+        {"parametrization": "mean_field"},
+        {"depth": 2.0},
+        {"knee": 1.0},
+        {"dtype": torch.float64},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_recipes_description_tells_all_that_makes_another_run(changes: dict[str, Any]) -> None:
+    here, there = module._describe(DESCRIBED), module._describe(dataclasses.replace(DESCRIBED, **changes))
+    assert {name for name in here if here[name] != there[name]} == {
+        "network" if "build" in changes else next(iter(changes))
+    }
+    assert set(here) == {field.name for field in dataclasses.fields(Recipe)} - {"build", "steps"} | {"network"}
+
+
+def test_describing_a_recipe_leaves_the_callers_generator_alone() -> None:
+    before = torch.get_rng_state()
+    module._describe(RECIPE)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_other_budgets_train_no_longer_than_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[Run]
+) -> None:
+    whole = portrait(RECIPE, GRID, tmp_path / "whole", budgets=(5, 10, 30))
+    portrait(RECIPE, GRID, tmp_path / "p", budgets=30)
+    steps: list[int] = []
+    real = Stack.train_step
+
+    def counted(self: Stack) -> tuple[Tensor, Tensor]:
+        steps.append(self.step)
+        return real(self)
+
+    monkeypatch.setattr(Stack, "train_step", counted)
+    both = portrait(RECIPE, GRID, tmp_path / "p", budgets=(10, 30))
+    assert (both.at(10), both.at(30), both.others) == (whole.at(10), whole.at(30), 0)
+    assert max(steps) == 9
+    steps.clear()
+    trained.clear()
+    told: list[Progress] = []
+    wider = dataclasses.replace(GRID, gammas=(0.5, 2.0, 8.0))
+    grown = portrait(RECIPE, wider, tmp_path / "p", budgets=(5, 10, 30), on_progress=told.append)
+    assert [(len(group), max(group)) for group in (steps[:5], steps[5:])] == [(5, 4), (30, 29)]
+    assert len(trained) == 12 + 6
+    assert told[0].total == told[-1].total == told[-1].done == 12 * 5 + 6 * 30
+    assert set(whole.records) < set(grown.records)
+    steps.clear()
+    again = portrait(RECIPE, GRID, tmp_path / "p", budgets=(5, 10))
+    assert steps == []
+    assert again.others == len(grown.records) - len(again.records)
+
+
+def test_what_a_killed_call_had_begun_comes_ahead_of_what_was_asked_for_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[Run]
+) -> None:
+    monkeypatch.setattr(ensemble, "LOOK_EVERY", 10)
+    portrait(RECIPE, Grid((0.5,), (1.0, 4.0)), tmp_path, budgets=30)
+
+    def stop(progress: Progress) -> None:
+        if progress.done > 0.5 * progress.total:
+            raise ensemble.StopTraining
+
+    with pytest.raises(ensemble.StopTraining):
+        portrait(RECIPE, Grid((2.0,), (1.0, 4.0)), tmp_path, budgets=(10, 30), on_progress=stop)
+    trained.clear()
+    told: list[Progress] = []
+    portrait(RECIPE, Grid((0.5, 2.0), (1.0, 4.0)), tmp_path, budgets=(10, 30), on_progress=told.append)
+    assert [run.gamma for run in trained] == [2.0, 2.0, 0.5, 0.5]
+    assert told[-1].restored == 2 * 20
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:
@@ -292,7 +392,23 @@ def test_exponents_are_those_of_the_law() -> None:
     for row in rows:
         assert row.predicted == (2.0 if row.side == "γ ≤ 1" else 0.5)
         assert row.measured == pytest.approx(row.predicted, abs=0.02)
+        assert row.interval is not None
         assert row.interval[0] - 1e-9 <= row.measured <= row.interval[1] + 1e-9
+
+
+def test_three_points_have_an_exponent_and_no_interval() -> None:
+    """Each resample of three points that has three γ is the points themselves: it would be an interval of no width."""
+    made = made_up()
+    gammas = made.grid.gammas[-3:]
+    few = dataclasses.replace(
+        made,
+        grid=dataclasses.replace(made.grid, gammas=gammas),
+        records=tuple(record for record in made.records if record.gamma in gammas),
+    )
+    rows = exponents(few)
+    assert {row.what for row in rows} == {"best rate", "stable edge"}
+    assert all(row.interval is None and row.measured == pytest.approx(0.5, abs=0.02) for row in rows)
+    assert all(line.endswith("  too few γ") for line in _as_table(rows).splitlines()[1:])
 
 
 def test_the_picture_has_a_column_for_each_budget_and_hatches_what_diverged() -> None:
@@ -310,6 +426,21 @@ def test_the_picture_has_a_column_for_each_budget_and_hatches_what_diverged() ->
     x, y = np.asarray(edge.get_xdata(), float), np.asarray(edge.get_ydata(), float)
     assert np.polyfit(np.log(x), np.log(y), 1)[0] == pytest.approx(0.5)
     assert y[0] == pytest.approx(10.0, rel=0.2)
+    assert "diverged" in in_legend(figure)
+
+
+def in_legend(figure: Figure) -> list[str]:
+    (legend,) = figure.legends
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def test_the_legend_names_nothing_that_is_not_drawn() -> None:
+    made = made_up()
+    grid = dataclasses.replace(made.grid, rates=tuple(rate for rate in made.grid.rates if rate < 10))
+    whole = dataclasses.replace(made, grid=grid, records=tuple(r for r in made.records if r.lr < 10))
+    names = in_legend(draw_portrait(whole))
+    assert "not trained yet below" in names
+    assert "diverged" not in names
 
 
 def test_a_grid_of_one_cell_still_has_a_picture(tmp_path: Path) -> None:
@@ -317,4 +448,4 @@ def test_a_grid_of_one_cell_still_has_a_picture(tmp_path: Path) -> None:
     assert exponents(made) == []
     draw_portrait(made).savefig(tmp_path / "one.png")
     assert (tmp_path / "one.png").stat().st_size > 5_000
-    assert json.loads((tmp_path / "portrait.json").read_text())["budgets"] == [30]
+    assert json.loads((tmp_path / "portrait.json").read_text())["recipe"]["loss"] == "mse"

@@ -24,7 +24,7 @@ from gammaopt.diagnostics import (
     spectral_density,
 )
 from gammaopt.online import MLP
-from gammaopt.online.train import CRITERIA
+from gammaopt.online._losses import CRITERIA
 
 Case = tuple[nn.Module, str, tuple[Any, Tensor]]
 

@@ -307,11 +307,36 @@ def test_bytes_per_run_leaves_the_callers_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "stack.pt"
-    path.write_bytes(b"nonsense")
-    with pytest.raises(UsageError, match=r"stack\.pt can't be read as a checkpoint .*; remove it"):
+@pytest.mark.parametrize("content", [b"nonsense", {"weight": torch.ones(2)}, [1, 2], torch.ones(3)])
+def test_a_file_that_is_no_checkpoint_is_named_and_left_alone(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match=r"model\.pt can't be read as a checkpoint .*; move it away, or give another"):
         train_many(RECIPE, RUNS, checkpoint=path)
+    assert path.read_bytes() == before
+
+
+def test_a_checkpoint_may_be_a_str_in_a_folder_that_is_not_there_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ensemble, "LOOK_EVERY", 5)
+    path = tmp_path / "not" / "there" / "stack.pt"
+
+    def stop(progress: ensemble.Progress) -> None:
+        if progress.done:
+            raise ensemble.StopTraining
+
+    recipe = dataclasses.replace(RECIPE, steps=10)
+    with pytest.raises(ensemble.StopTraining):
+        train_many(recipe, RUNS[:2], checkpoint=str(path), on_progress=stop)
+    assert path.exists()
+    told: list[ensemble.Progress] = []
+    assert train_many(recipe, RUNS[:2], checkpoint=str(path), on_progress=told.append) == train_many(recipe, RUNS[:2])
+    assert told[-1].restored == 10
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match=r"the checkpoint .*file/stack\.pt can't be written"):
+        train_many(recipe, RUNS[:2], checkpoint=tmp_path / "file" / "stack.pt", on_progress=stop)
 
 
 def test_out_of_memory_halves_the_stack_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,6 +470,7 @@ def test_one_at_a_time_runs_batch_norm_as_it_is() -> None:
     [
         ({"budgets": (0,)}, "budget=0 is too small"),
         ({"budgets": (61,)}, "budget=61 is more than the recipe's steps=60; give at most 60"),
+        ({"budgets": 61}, "budget=61 is more than the recipe's steps=60; give at most 60"),
         ({"stack": 0}, "stack=0 is too small"),
     ],
 )
@@ -461,6 +487,45 @@ def test_repeated_and_impossible_runs() -> None:
     with pytest.raises(UsageError, match="lr=nan"):
         train_many(RECIPE, [Run(1.0, math.nan, 3)])
     assert train_many(RECIPE, []) == []
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        (Run(1.0, 0.5, 3), r"runs=Run\(.*\) is no list of runs; give \[Run\(1\.0, 0\.1, 0\), …\]"),
+        (5, "runs=5 is no list of runs"),
+        ([1.0, 0.5, 3], r"1\.0 among the runs is no run"),
+        ([(1.0, 0.5)], r"\(1\.0, 0\.5\) among the runs is no run"),
+        ([Run(1.0, 0.5, 0.5)], r"seed=0\.5 is not a whole number"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_list_of_runs(runs: object, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        train_many(RECIPE, runs)  # type: ignore[arg-type]
+
+
+def test_one_budget_may_be_a_number() -> None:
+    recipe = dataclasses.replace(RECIPE, steps=6)
+    assert train_many(recipe, RUNS[:2], budgets=5) == train_many(recipe, RUNS[:2], budgets=(5,))
+
+
+@pytest.mark.parametrize("stack", [1, 2])
+def test_a_network_with_outputs_that_the_loss_cannot_take(stack: int) -> None:
+    narrow = dataclasses.replace(RECIPE, build=partial(MLP, 144, 4, width=8), steps=5)
+    for loss in ("cross_entropy", "mse"):
+        with pytest.raises(UsageError, match=r"shape \(8, 4\), and the stream's targets are 10 classes; .*10 outputs$"):
+            train_many(dataclasses.replace(narrow, loss=loss), RUNS[:2], stack=stack)
+
+
+def test_frozen_parameters_drawn_for_each_seed_are_refused_but_for_one_seed() -> None:
+    def frozen() -> nn.Module:
+        return nn.Linear(16, 16).requires_grad_(False)
+
+    recipe = with_module(frozen)
+    with pytest.raises(UsageError, match=r"parameter '2\.weight' is frozen but drawn anew .*one_at_a_time"):
+        train_many(recipe, RUNS[:2])
+    assert_same(train_many(recipe, RUNS[:4:2]), one_by_one(recipe, RUNS[:4:2]), 1e-12)
+    assert_same(train_many(recipe, RUNS[:2], one_at_a_time=True), one_by_one(recipe, RUNS[:2]), 0.0)
 
 
 def test_the_stack_fits_the_caches_and_large_or_convolutional_networks_train_alone() -> None:

@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -407,3 +408,29 @@ def test_a_bundled_task_is_complete(task: object) -> None:
     from gammaopt import effective_depth
 
     assert effective_depth(net, inputs[0]) == pytest.approx(task.depth, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"build": MLP(144, 10, width=8)}, r"build is one MLP, and every run needs a fresh one; .*lambda: MLP\(…\)"),
+        ({"base": MLP(144, 10, width=8)}, r"base is one MLP, and every run needs a fresh one"),
+        ({"build": 5}, r"build=5 can't be called"),
+        ({"stream": Digits}, r"stream is the class Digits; give an instance of it: Digits\(…\)"),
+        ({"stream": "digits"}, r"stream='digits' is no stream; give one, e\.g\. build_stream"),
+        ({"device": "gpu"}, r"unknown device 'gpu'; choose cpu, or cuda"),
+    ],
+)
+def test_parts_of_a_recipe_that_are_none(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Recipe(**{"build": partial(MLP, 144, 10, width=8), "stream": Digits(), **changes})
+
+
+def test_a_build_that_makes_no_network_or_one_with_other_outputs() -> None:
+    recipe = Recipe(lambda: torch.ones(3), Digits(), steps=2, batch_size=8, depth=3.0)  # type: ignore[arg-type, return-value]
+    with pytest.raises(UsageError, match=r"build made a Tensor, not a torch\.nn\.Module"):
+        train(recipe, gamma=1.0, lr=0.1, seed=0)
+    for loss in ("cross_entropy", "mse"):
+        recipe = Recipe(partial(MLP, 144, 4, width=8), Digits(), loss, steps=2, batch_size=8, depth=3.0)
+        with pytest.raises(UsageError, match=r"shape \(8, 4\), and the stream's targets are 10 classes"):
+            train(recipe, gamma=1.0, lr=0.1, seed=0)

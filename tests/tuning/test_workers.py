@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import gammaopt.report
 import gammaopt.tuning._workers as module
-from gammaopt.online import CNN, MLP, TASKS, Digits, Recipe, RunRecord, train
+from gammaopt.online import CNN, MLP, TASKS, Digits, Recipe, RunRecord, ensemble, train
+from gammaopt.online._stack import Stack
 from gammaopt.online.ensemble import together
 from gammaopt.tuning import StudyPlan, tune
 from gammaopt.tuning._folder import Cell
@@ -66,16 +67,74 @@ def test_a_study_trains_each_batch_of_trials_in_one_stack(tmp_path: Path, monkey
     trained: list[int] = []
     real = Trainer.__call__
 
-    def spy(self: Trainer, cells: list[Cell]) -> list[RunRecord]:
+    def spy(self: Trainer, cells: list[Cell], checkpoint: Path | None = None) -> list[RunRecord]:
         assert self.stack >= len(cells)
         trained.append(len(cells))
-        return real(self, cells)
+        return real(self, cells, checkpoint)
 
     monkeypatch.setattr(Trainer, "__call__", spy)
     monkeypatch.setattr(gammaopt.report, "html_report", lambda result: result.in_words())
     tune(PLAN, tmp_path)
     assert trained[:4] == [8, 8, 8, 8]  # two arms of four Sobol points, then four of TPE's, on two seeds each
     assert len(trained) == 5
+
+
+def test_a_killed_study_goes_on_in_the_midst_of_its_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gammaopt.report, "html_report", lambda result: result.in_words())
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(ensemble, "LOOK_EVERY", 4)
+    steps, last = 0, 12 + 10  # the second batch's stack, two steps after its second checkpoint
+    real = Stack.train_step
+
+    def killed(self: Stack) -> tuple[Tensor, Tensor]:
+        nonlocal steps
+        if steps == last:
+            raise KeyboardInterrupt
+        steps += 1
+        return real(self)
+
+    whole = tune(PLAN, tmp_path / "whole")
+    monkeypatch.setattr(Stack, "train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tune(PLAN, tmp_path / "killed")
+    assert len(list((tmp_path / "killed").glob("stack-*.pt"))) == 1
+    assert len((tmp_path / "killed" / "runs.jsonl").read_text().splitlines()) == 8
+    steps, last = 0, -1
+    again = tune(PLAN, tmp_path / "killed")
+    assert steps == 4 + 3 * 12, "of the stack that was cut off the last four steps, and the three after it"
+    assert (again.arms, again.confirm, again.trials) == (whole.arms, whole.confirm, whole.trials)
+    assert list((tmp_path / "killed").glob("*stack-*")) == []
+
+
+def test_a_share_is_that_of_its_checkpoint_and_the_others_are_made_of_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(ensemble, "LOOK_EVERY", 4)
+    whole = {as_cell(record): record for record in Workers(PLAN, 1).run(CELLS)}
+    real = Stack.train_step
+
+    def killed(self: Stack) -> tuple[Tensor, Tensor]:
+        if self.step == 9:
+            raise KeyboardInterrupt
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stack, "train_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            list(Workers(PLAN, 1, checkpoints=tmp_path).run(CELLS[3:8]))
+    (tmp_path / "stack-0.pt").write_bytes(b"cut off")
+    trained: list[list[Cell]] = []
+    call = Trainer.__call__
+
+    def spy(self: Trainer, cells: list[Cell], checkpoint: Path | None = None) -> list[RunRecord]:
+        trained.append(cells)
+        return call(self, cells, checkpoint)
+
+    monkeypatch.setattr(Trainer, "__call__", spy)
+    assert {as_cell(record): record for record in Workers(PLAN, 1, checkpoints=tmp_path).run(CELLS)} == whole
+    assert [set(share) for share in trained] == [set(CELLS[3:8]), set(CELLS) - set(CELLS[3:8])]
+    assert [path.name for path in tmp_path.iterdir()] == ["stack-0.damaged"]
 
 
 def test_all_given_points_are_one_batch_and_the_others_come_in_about_eight() -> None:

@@ -11,8 +11,12 @@ import typer
 from gammaopt._terminal import on_stderr, usage_errors
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from gammaopt.tuning import TuneResult
+    from gammaopt.tuning._folder import Folder as Folder_
     from gammaopt.tuning._state import StudyState
+    from gammaopt.tuning._tune import Trains
 
 Folder = Annotated[Path | None, typer.Argument(help="Folder of the study.", show_default="--storage and --study")]
 Url = Annotated[
@@ -49,11 +53,11 @@ def status(folder: Folder = None, storage: Url = None, study: Name = None, json:
             typer.echo(dumps(figures, ensure_ascii=False))
             return
         plan = state.plan
-        typer.echo(f"{state.where}: {plan.task}, {plan.loss}, {plan.optimizer}, {plan.steps} steps")
+        typer.echo(f"{state.where}: {plan.title}, {plan.steps} steps")
         for name, arm in figures["arms"].items():
             best = arm["best"]
             tail = "" if best is None else f", best γ = {best['gamma']:.3g}, lr = {best['lr']:.3g}: "
-            tail += "" if best is None else f"{100 * best['score']:.1f} %"
+            tail += "" if best is None else plan.shown(best["score"], decimals=1)
             typer.echo(f"  {name:<16}{arm['trials']:>5}/{plan.trials} trials, {arm['diverged']} diverged{tail}")
         confirm = figures["confirm"]
         of = "" if confirm["runs_total"] is None else f"/{confirm['runs_total']}"
@@ -106,6 +110,9 @@ def confirm(
         int | None, typer.Option(help="Fresh seeds; those of the study come first.", show_default="the study's", min=2)
     ] = None,
     jobs: Annotated[int, typer.Option(help="Processes to train in; workers train a study with a storage.", min=1)] = 1,
+    objective: Annotated[
+        str | None, typer.Option(metavar="FILE.py:NAME", help="The function that a study of your own trains with.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="File for the report.", show_default="confirm-SEEDS.html in the folder")
     ] = None,
@@ -117,7 +124,7 @@ def confirm(
         from gammaopt.tuning._state import confirm_in_folder, confirm_with_workers
 
         if folder is not None:
-            result = confirm_in_folder(folder, state, seeds, jobs)
+            result = confirm_in_folder(folder, state, seeds, _workers_of(state, jobs, objective))
         else:
             result = confirm_with_workers(str(storage), state, seeds, on_stderr)
         name = f"confirm-{len(result.confirm.seeds)}.html"
@@ -127,6 +134,34 @@ def confirm(
         _written(target, html_report(result))
         typer.echo(result.to_json() if json else result.in_words(), nl=not json)
         on_stderr(f"Report: {target}")
+
+
+def _workers_of(
+    state: StudyState, jobs: int, objective: str | None
+) -> Callable[[Folder_], AbstractContextManager[Trains]]:
+    """Who trains what a confirmation lacks: processes, or a user's own function."""
+    from gammaopt._errors import UsageError
+    from gammaopt.tuning._objective import ObjectivePlan, load_objective
+    from gammaopt.tuning._plan import StudyPlan
+    from gammaopt.tuning._study import trainer_of
+    from gammaopt.tuning._workers import Workers
+
+    plan = state.plan
+    if isinstance(plan, StudyPlan):
+        if objective is not None:
+            raise UsageError(f"{state.where} is a study of the bundled task {plan.task}; leave out --objective")
+        return lambda folder: Workers(plan, jobs, checkpoints=folder.path)
+    assert isinstance(plan, ObjectivePlan)
+    if objective is not None:
+        return trainer_of(plan, load_objective(objective))
+
+    def none(_: Folder_) -> AbstractContextManager[Trains]:
+        raise UsageError(
+            f"{state.where} trains with your function {plan.objective}; give --objective FILE.py:NAME, "
+            "or call gammaopt.tuning.confirm() with it"
+        )
+
+    return none
 
 
 def export(

@@ -10,12 +10,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
 
 from gammaopt._errors import UsageError
+from gammaopt._progress import after_line, range_line, study_progress
 from gammaopt._study_commands import COMMANDS
 from gammaopt._terminal import on_stderr, usage_errors
 from gammaopt._worker_command import slurm, worker
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from gammaopt.online.ensemble import Progress as RunSteps
     from gammaopt.report import ExponentRow
-    from gammaopt.tuning import Progress, TuneResult
+    from gammaopt.tuning import TuneResult
 
 app = typer.Typer(
     add_completion=False,
@@ -112,8 +113,6 @@ def tune(
             task, loss, optimizer, steps, trials, seeds, confirm_seeds, cast("tuple[float, float]", gamma_range), seed,
             device, octaves=octaves, sampler=sampler,
         )  # fmt: skip
-        low, high = plan.gamma_range
-        chosen = f"γ from {low:g} to {high:g}: what {plan.steps:,} steps can train; --gamma-range sets it"
         folder = out or Path("runs") / plan.folder
         remote = None
         if study is not None:
@@ -124,9 +123,15 @@ def tune(
         if jobs is None:
             jobs = len(os.sched_getaffinity(0)) if device == "cpu" else 1
         finished = (folder / "result.json").exists()
-        line = "This study is finished; writing its report again." if finished else None if gamma_range else chosen
-        with _progress(quiet or finished) as show:
-            told = _after_line(None if quiet else line, show)
+        line = (
+            "This study is finished; writing its report again."
+            if finished
+            else None
+            if gamma_range
+            else range_line(plan)
+        )
+        with study_progress(plan, quiet=quiet or finished) as show:
+            told = after_line(None if quiet else line, show)
             result = run(plan, folder, storage=storage, jobs=jobs, remote=remote, on_progress=told)
         _tell(result, folder, json, quiet)
 
@@ -266,97 +271,6 @@ def _tell(result: TuneResult, folder: Path, json: bool, quiet: bool) -> None:
         words = result.in_words()
         typer.echo(textwrap.fill(words, shutil.get_terminal_size().columns) if sys.stdout.isatty() else words)
     console.print(f"Report: {folder / 'report.html'}", markup=False)
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
-    """What shows a study's progress on stderr: a bar on a terminal, plain lines elsewhere, nothing if quiet."""
-    console = Console(stderr=True)
-    if quiet:
-        yield lambda _: None
-    elif console.is_terminal:
-        with _bar(console) as show:
-            yield show
-    else:
-        yield _PlainLines(console)
-
-
-def _after_line(line: str | None, show: Callable[[Progress], None]) -> Callable[[Progress], None]:
-    """``show``, and before its first progress a line, if there is one: by then all options have turned out sound."""
-    left = [line] if line else []
-
-    def told(progress: Progress) -> None:
-        while left:
-            typer.echo(left.pop(), err=True)
-        show(progress)
-
-    return told
-
-
-def _best(progress: Progress) -> str:
-    best = progress.best
-    return "" if best is None else f"best γ = {best.gamma:.3g}: {100 * best.score:.1f} %"
-
-
-def _done(progress: Progress) -> str:
-    if progress.stage == "confirm":
-        return f"{progress.runs}/{progress.runs_total} runs"
-    return f"{progress.trials}/{progress.trials_total} trials"
-
-
-_STAGES = {"tuned": "tuning γ", "one_equal_budget": "γ = 1", "confirm": "confirming"}
-
-
-@contextmanager
-def _bar(console: Console) -> Iterator[Callable[[Progress], None]]:
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns: tuple[Any, ...] = (
-        TextColumn("{task.description:<10}"),
-        BarColumn(bar_width=14),
-        TextColumn("{task.fields[trials]}"),
-        TextColumn("{task.fields[best]}"),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=console, transient=True) as bar:
-        row = bar.add_task("starting", total=None, trials="", best="")
-        start: int | None = None
-
-        def show(progress: Progress) -> None:
-            nonlocal start
-            if start is None:
-                # Runs finished by an earlier process must not count as speed.
-                start = progress.runs - progress.new_runs
-                bar.reset(row, total=progress.runs_total - start)
-            bar.update(
-                row,
-                description=_STAGES[progress.stage],
-                total=progress.runs_total - start,
-                completed=progress.runs - start,
-                trials=_done(progress),
-                best=_best(progress),
-            )
-
-        yield show
-
-
-class _PlainLines:
-    """One line for each tenth of the study, for logs."""
-
-    def __init__(self, console: Console) -> None:
-        self._console, self._tenth = console, -1
-
-    def __call__(self, progress: Progress) -> None:
-        tenth = 10 * progress.runs // progress.runs_total
-        if tenth == self._tenth:
-            return
-        self._tenth = tenth
-        self._console.print(
-            f"{10 * tenth} % · {_STAGES[progress.stage]} · {_done(progress)} · {_best(progress)}".rstrip(" ·"),
-            highlight=False,
-            markup=False,
-        )
 
 
 def main() -> None:

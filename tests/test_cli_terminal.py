@@ -15,16 +15,18 @@ from typing import NamedTuple
 import pytest
 from rich.console import Console
 
-from gammaopt import cli
-from gammaopt.tuning import Progress
+from gammaopt._progress import _bar, study_progress
+from gammaopt.tuning import Progress, StudyPlan
 from gammaopt.tuning._result import Trial
+
+PLAN = StudyPlan("digits")
 
 
 def test_a_plain_line_comes_at_every_tenth_and_tells_trials_and_the_best_so_far(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     best = Trial("tuned", 0.25, 1.0, 0.25, 0.873, False)
-    with cli._progress(quiet=False) as show:
+    with study_progress(PLAN, quiet=False) as show:
         for runs in range(41):
             show(Progress("tuned", runs // 5, 8, runs, 40, runs, best if runs >= 5 else None))
     lines = capsys.readouterr().err.splitlines()
@@ -36,7 +38,7 @@ def test_a_plain_line_comes_at_every_tenth_and_tells_trials_and_the_best_so_far(
 def test_on_a_terminal_a_bar_shows_trials_done_the_best_so_far_and_the_time_left() -> None:
     screen = io.StringIO()
     best = Trial("tuned", 0.25, 1.0, 0.25, 0.873, False)
-    with cli._bar(Console(file=screen, force_terminal=True, width=80)) as show:
+    with _bar(Console(file=screen, force_terminal=True, width=80), PLAN) as show:
         # 10 of 40 runs were done by an earlier process.
         show(Progress("tuned", 2, 8, 10, 40, 0, None))
         show(Progress("tuned", 3, 8, 25, 40, 15, best))

@@ -29,12 +29,18 @@ def _unit(result: TuneResult) -> str:
     return result.metric.replace("_", " ") + (" in %" if result.plan.scale == 100 else "")
 
 
-def _frame(result: TuneResult, scores: list[float]) -> float:
-    """The lowest score shown: far-off trials say little and would flatten the rest."""
+def _frame(result: TuneResult, scores: list[float]) -> tuple[float, float]:
+    """The lowest and the highest score shown: far-off bad trials say little and would flatten the rest."""
+    merits = [result.plan.merit(score) for score in scores]
+    best = max(merits)
     if result.plan.scale == 100:
-        return max(min(scores) - 1, max(scores) - SHOWN_POINTS)
-    low, _, high = np.percentile(scores, [25, 50, 100])  # of no known unit: the better three quarters
-    return float(low - 0.05 * (high - low))
+        ends = max(min(merits) - 1, best - SHOWN_POINTS), best + 1
+    else:
+        worst = float(np.percentile(merits, 25))  # of no known unit: the better three quarters
+        margin = 0.05 * (best - worst) or 1.0
+        ends = worst - margin, best + margin
+    low, high = sorted(map(result.plan.merit, ends))
+    return low, high
 
 
 def _plain(axes: Axes) -> Axes:
@@ -72,11 +78,14 @@ def gamma_curve_on(axes: Axes, result: TuneResult) -> None:
     axes.set_ylabel(_unit(result))
     # Trials may leave the frame below, and are counted there.
     scores = [scale * t.score for t in searched] + [scale * s for arm_ in (tuned, one) for s in arm_.scores]
-    bottom = _frame(result, scores)
-    axes.set_ylim(bottom=bottom, top=max(scores) + (1 if scale == 100 else 0.05 * (max(scores) - bottom) or 1.0))
-    below = sum(scale * t.score < bottom for t in searched)
-    title = f"{below} trials lie below the frame"
-    axes.legend(framealpha=0.9, edgecolor="none", fontsize=8, loc="lower right", title=title, title_fontsize=8)
+    low, high = _frame(result, scores)
+    axes.set_ylim(low, high)
+    maximised = result.plan.direction == "maximize"
+    outside = sum(not low <= scale * t.score <= high for t in searched)
+    title = f"{outside} trials lie {'below' if maximised else 'above'} the frame"
+    legend = axes.legend(framealpha=0.9, edgecolor="none", fontsize=8, loc="lower right", title=title, title_fontsize=8)
+    if not maximised:  # where bad scores would be
+        legend.set_loc("upper right")
 
 
 def plane(result: TuneResult) -> Figure:
@@ -85,10 +94,11 @@ def plane(result: TuneResult) -> Figure:
     stable = [t for t in result.trials if not t.diverged]
     diverged = [t for t in result.trials if t.diverged]
     colours = [result.plan.scale * t.score for t in stable] or [0.0, SHOWN_POINTS]
-    best, least = max(colours), _frame(result, colours) if result.plan.scale != 100 else max(colours) - SHOWN_POINTS
+    low, high = _colours(result, colours)
+    maximised = result.plan.direction == "maximize"
     drawn = axes.scatter(
         [t.gamma for t in stable], [t.effective_lr for t in stable], c=colours[: len(stable)], s=34,
-        cmap="viridis", lw=0.4, edgecolors="white", zorder=3, vmin=least, vmax=best,
+        cmap="viridis" if maximised else "viridis_r", lw=0.4, edgecolors="white", zorder=3, vmin=low, vmax=high,
     )  # fmt: skip
     if diverged:
         axes.plot(
@@ -96,8 +106,7 @@ def plane(result: TuneResult) -> Figure:
             label="diverged", zorder=3,
         )  # fmt: skip
     law, anchor = result.plan.law, result.arms["one_equal_budget"]
-    low, high = result.plan.gamma_range
-    gammas = np.geomspace(min(low, 1.0), max(high, 1.0), 200)
+    gammas = np.geomspace(min(result.plan.gamma_range[0], 1.0), max(result.plan.gamma_range[1], 1.0), 200)
     label = f"law: η ∝ γ^{law.lazy:g} below 1, γ^{law.rich:.3g} above"
     axes.plot(gammas, [law.lr(anchor.lr, float(g)) for g in gammas], color=TUNED, lw=1.6, label=label, zorder=2)
     for name, marker in (("tuned", "*"), ("one_equal_budget", "P")):
@@ -111,17 +120,27 @@ def plane(result: TuneResult) -> Figure:
     axes.set_xlabel("feature-learning strength γ")
     axes.set_ylabel("learning rate η")
     axes.legend(frameon=False, fontsize=8, loc="upper left")
-    figure.colorbar(drawn, ax=axes, label=_unit(result), extend="min")
+    figure.colorbar(drawn, ax=axes, label=_unit(result), extend="min" if maximised else "max")
     return figure
 
 
+def _colours(result: TuneResult, scores: list[float]) -> tuple[float, float]:
+    """The ends of the colours: the best score, and the worst that is told from worse ones."""
+    best = max(map(result.plan.merit, scores))
+    points = result.plan.scale == 100
+    low, high = sorted(map(result.plan.merit, (best, best - SHOWN_POINTS))) if points else _frame(result, scores)
+    return low, high
+
+
 def loss_curves(result: TuneResult) -> Figure:
-    """Online loss in time on the fresh seeds: mean and standard deviation, tuned γ against γ = 1."""
+    """The runs in time on the fresh seeds: mean and standard deviation, tuned γ against γ = 1."""
     figure, axes = _figure()
     for name, colour in (("one_equal_budget", ONE), ("tuned", TUNED)):
         arm = result.arms[name]
         steps, mean, spread = _mean_curve(result.runs[name])
-        label = f"γ = {arm.gamma:.3g}, η = {arm.effective_lr:.3g}" + ("" if len(steps) else ": diverged at once")
+        diverged = any(run.diverged_at for run in result.runs[name])
+        nothing = ": diverged at once" if diverged else ": reported nothing"
+        label = f"γ = {arm.gamma:.3g}, η = {arm.effective_lr:.3g}" + ("" if len(steps) else nothing)
         axes.plot(steps, mean, color=colour, lw=1.8, label=label)
         axes.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.18, lw=0)
     axes.set_xscale("log")
@@ -135,7 +154,8 @@ def loss_curves(result: TuneResult) -> Figure:
 
 
 def _mean_curve(runs: tuple[Record, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps, mean loss and standard deviation over runs, as far as all of them got before diverging."""
-    length = min(len(run.curve.steps) for run in runs)
-    losses = np.array([run.curve.loss[:length] for run in runs]).reshape(len(runs), length)
-    return np.array(runs[0].curve.steps[:length]), losses.mean(0), losses.std(0)
+    """Steps, mean loss and standard deviation over runs, at the steps that all of them have."""
+    curves = [dict(zip(run.curve.steps, run.curve.loss, strict=True)) for run in runs]
+    steps = sorted(set.intersection(*map(set, curves)))
+    losses = np.array([[curve[step] for step in steps] for curve in curves]).reshape(len(runs), len(steps))
+    return np.array(steps), losses.mean(0), losses.std(0)

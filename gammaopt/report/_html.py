@@ -127,17 +127,22 @@ def _final_words(final: Confirmation) -> str:
 
 
 def _rivals_table(result: TuneResult) -> str:
-    scale = result.plan.scale
+    shown = result.plan.shown_difference
     rows = (
         (
             f"{rival.lr:.3g}",
-            f"{scale * rival.confirm.mean_difference:+.2f}",
-            f"{scale * rival.confirm.ci95[0]:+.2f} to {scale * rival.confirm.ci95[1]:+.2f}",
+            shown(rival.confirm.mean_difference),
+            " to ".join(map(shown, rival.confirm.ci95)),
             f"{rival.confirm.p_value:.2g}",
         )
         for rival in result.rivals
     )
-    return _table(("lr of γ = 1", "tuned γ − γ = 1", "95 % interval", "p"), rows)
+    return _table(("lr of γ = 1", _difference(result, "tuned γ", "γ = 1"), "95 % interval", "p"), rows)
+
+
+def _difference(result: TuneResult, tuned: str, other: str) -> str:
+    """What a positive difference is: the improvement, also of a score that is minimised."""
+    return f"{tuned} − {other}" if result.plan.direction == "maximize" else f"{other} − {tuned}"
 
 
 def _arms_table(result: TuneResult) -> str:
@@ -171,9 +176,9 @@ def _arms_table(result: TuneResult) -> str:
 
 def _seeds_table(result: TuneResult) -> str:
     scores = [result.arms[name].scores for name in ARM_TITLES]
-    head = ("seed", *ARM_TITLES.values(), "tuned − equal budget")
+    head = ("seed", *ARM_TITLES.values(), _difference(result, "tuned", "equal budget"))
     rows = (
-        (str(seed), *(result.shown(score) for score in row), f"{result.plan.scale * difference:+.2f}")
+        (str(seed), *(result.shown(score) for score in row), result.plan.shown_difference(difference))
         for seed, *row, difference in zip(result.confirm.seeds, *scores, result.confirm.differences, strict=True)
     )
     return _table(head, rows)

@@ -4,6 +4,8 @@ The study has three arms: ``tuned`` searches (γ, η) with K·M trials, ``one_eq
 same K·M trials, and ``one`` is its first M trials, what somebody would spend who doesn't tune γ. The best cell of
 each arm is then run on fresh seeds, and the verdict compares ``tuned`` with ``one_equal_budget``, paired by seed, and
 with γ = 1 at the rates beside the one it chose.
+
+``tune`` studies a bundled task, ``study`` your own training function.
 """
 
 from gammaopt.tuning._confirm import Confirmation as Confirmation
@@ -15,6 +17,10 @@ from gammaopt.tuning._result import Rival as Rival
 from gammaopt.tuning._result import Spent as Spent
 from gammaopt.tuning._result import TuneResult as TuneResult
 from gammaopt.tuning._space import Space as Space
+from gammaopt.tuning._study import confirm as confirm
+from gammaopt.tuning._study import study as study
+from gammaopt.tuning._trial import DivergedError as DivergedError
+from gammaopt.tuning._trial import ObjectiveTrial as ObjectiveTrial
 from gammaopt.tuning._tune import Progress as Progress
 from gammaopt.tuning._tune import Remote as Remote
 from gammaopt.tuning._tune import tune as tune
@@ -22,6 +28,8 @@ from gammaopt.tuning._tune import tune as tune
 __all__ = [
     "Arm",
     "Confirmation",
+    "DivergedError",
+    "ObjectiveTrial",
     "Progress",
     "Remote",
     "Rival",
@@ -29,7 +37,9 @@ __all__ = [
     "Spent",
     "StudyPlan",
     "TuneResult",
+    "confirm",
     "holm",
     "paired_t",
+    "study",
     "tune",
 ]

@@ -6,16 +6,18 @@ ever sees a seed that anything was tuned on.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from gammaopt._errors import UsageError, at_least, one_of, positive
 from gammaopt._laws import EtaLaw
+from gammaopt.tuning._record import Record
 from gammaopt.tuning._samplers import SAMPLERS
 from gammaopt.tuning._space import Space
 
@@ -36,10 +38,13 @@ class Plan:
     """What the search, the confirmation and the report ask of a plan.
 
     Attributes:
-        metric: the attribute of a run's record that is maximised and confirmed.
+        metric: name of the score that is tuned and confirmed.
+        direction: ``"maximize"`` or ``"minimize"``.
         metric_at_end: another one, told beside it; ``None`` if there is none.
         scale: what a score is multiplied by to be shown: 100 for a fraction in percent.
         curve: what a run's curve shows.
+        base_lr: the centre of the searched rates, at γ = 1.
+        source: a file or folder of the code that is studied; its git commit is kept.
     """
 
     steps: int | None  # never None once the plan is made
@@ -53,9 +58,12 @@ class Plan:
     law_version: int
 
     metric: str
+    direction: str
     metric_at_end: str | None
     scale: float
     curve: str
+    base_lr: float
+    source: Path
 
     @property
     def rates(self) -> int:
@@ -73,11 +81,6 @@ class Plan:
         """Seeds that no trial has seen, for the confirmation."""
         start = self.seed * 2 * CONFIRM_OFFSET + CONFIRM_OFFSET
         return range(start, start + self.confirm_seeds)
-
-    @property
-    def base_lr(self) -> float:
-        """The centre of the searched rates, at γ = 1."""
-        raise NotImplementedError
 
     @property
     def law(self) -> EtaLaw:
@@ -98,14 +101,13 @@ class Plan:
         """Name of the study's folder and of its studies in a storage."""
         raise NotImplementedError
 
-    @property
-    def source(self) -> Path:
-        """A file or folder of the code that is studied; its git commit is kept."""
+    def command(self, *, out: str | None = None, storage: str | None = None, study: str | None = None) -> str:
+        """The command line, or the call, that makes this study; with a folder and a storage, there."""
         raise NotImplementedError
 
-    def command(self) -> str:
-        """The command line, or the words, that make this study."""
-        raise NotImplementedError
+    def option(self, name: str) -> str:
+        """How somebody writes the option called ``name``, e.g. ``--gamma-range``."""
+        return f"--{name.replace('_', '-')}"
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -114,6 +116,30 @@ class Plan:
     def read_record(self, data: dict[str, Any]) -> Any:
         """A record of one of its runs, from its JSON values."""
         raise NotImplementedError
+
+    def record_fields(self) -> list[str]:
+        """Names of what a record says of a run, its curve aside."""
+        raise NotImplementedError
+
+    def score(self, record: Record) -> float:
+        """The score of a run that is tuned and confirmed."""
+        return float(getattr(record, self.metric))
+
+    def merit(self, score: float) -> float:
+        """The score, or its negative if it is minimised: larger is better."""
+        return score if self.direction == "maximize" else -score
+
+    def shown(self, score: float, decimals: int = 2) -> str:
+        """A score as a reader wants it: a fraction in percent with that many decimals, anything else as it is."""
+        return f"{100 * score:.{decimals}f} %" if self.scale == 100 else f"{score:.4g}"
+
+    def shown_difference(self, difference: float) -> str:
+        """A difference of two scores in the unit of :meth:`shown`, with its sign."""
+        return f"{100 * difference:+.2f}" if self.scale == 100 else f"{difference:+.3g}"
+
+    def with_fresh_seeds(self, count: int) -> Self:
+        """The same plan with that many fresh seeds; those of this one come first."""
+        return dataclasses.replace(self, confirm_seeds=count)  # type: ignore[type-var]  # plans are dataclasses
 
     def run_budget(self) -> RunBudget:
         """What one full run costs."""

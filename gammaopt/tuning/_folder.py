@@ -59,8 +59,9 @@ def opened(path: Path, plan: Plan) -> Iterator[Folder]:
 
 
 def _check_contents(path: Path, plan: Plan) -> None:
+    out = plan.option("out")
     if path.exists() and not path.is_dir():
-        raise UsageError(f"{path} is a file; choose a folder with --out")
+        raise UsageError(f"{path} is a file; choose a folder with {out}")
     study = path / "study.json"
     if not study.exists():
         # A process killed before its plan was written leaves a lock and perhaps a half-written plan.
@@ -68,17 +69,18 @@ def _check_contents(path: Path, plan: Plan) -> None:
         strangers = [name for name in entries if name != "lock" and not name.startswith(".study.json.")]
         if strangers:
             raise UsageError(
-                f"{path} holds other files ({', '.join(strangers[:3])}) and no study; choose an empty folder with --out"
+                f"{path} holds other files ({', '.join(strangers[:3])}) and no study; choose an empty folder with {out}"
             )
         return
     try:
         content = json.loads(study.read_text(encoding="utf-8"))
         found, _, _ = content["plan"], content["versions"], content["id"]
-        differing = [name for name, value in plan.to_dict().items() if found[name] != value]
+        same_kind = ("task" in found) == ("task" in plan.to_dict())
+        differing = [name for name, value in plan.to_dict().items() if found[name] != value] if same_kind else []
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{study} is not a readable study ({type(error).__name__}: {error}); "
-            "restore it, or choose another folder with --out"
+            f"restore it, or choose another folder with {out}"
         ) from None
     try:
         _read_json(path / "result.json")
@@ -86,11 +88,14 @@ def _check_contents(path: Path, plan: Plan) -> None:
         raise UsageError(
             f"{path / 'result.json'} is damaged; delete it and run the same command to make it anew from the runs"
         ) from None
+    if not same_kind:
+        what = f"the bundled task {found['task']}" if "task" in found else "a function of its own"
+        raise UsageError(f"{path} holds a study of {what}; choose another folder with {out}")
     if differing:
         name = differing[0]
         raise UsageError(
             f"{path} holds another study ({name}: {found[name]} there, {plan.to_dict()[name]} here); "
-            "choose another folder with --out"
+            f"choose another folder with {out}"
         )
 
 

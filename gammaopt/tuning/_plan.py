@@ -54,6 +54,7 @@ class StudyPlan(Plan):
     sampler: str = "tpe"
 
     metric: ClassVar[str] = "prequential_accuracy"  # type: ignore[misc]
+    direction: ClassVar[str] = "maximize"  # type: ignore[misc]
     metric_at_end: ClassVar[str | None] = "final_accuracy"  # type: ignore[misc]
     scale: ClassVar[float] = 100.0  # type: ignore[misc]
 
@@ -81,7 +82,7 @@ class StudyPlan(Plan):
         return get_task(self.task)
 
     @property
-    def base_lr(self) -> float:
+    def base_lr(self) -> float:  # type: ignore[override]
         """The centre of the searched rates, at γ = 1."""
         return self.definition.base_lr[FAMILIES[self.optimizer], self.loss]  # type: ignore[index]
 
@@ -117,7 +118,7 @@ class StudyPlan(Plan):
         """Default name of the folder that holds the study."""
         return f"{self.task}-{self.loss}-{self.optimizer}-{self.steps}"
 
-    def command(self) -> str:
+    def command(self, *, out: str | None = None, storage: str | None = None, study: str | None = None) -> str:
         """The command line that runs this plan."""
         low, high = self.gamma_range
         words: list[object] = ["gammaopt", "tune", self.task, "--loss", self.loss, "--optimizer", self.optimizer]
@@ -126,6 +127,8 @@ class StudyPlan(Plan):
         words += ["--device", self.device, "--seed", self.seed]
         words += ["--octaves", self.octaves] if self.octaves != OCTAVES else []
         words += ["--sampler", self.sampler] if self.sampler != "tpe" else []
+        for option, value in {"--out": out, "--storage": storage, "--study": study}.items():
+            words += [] if value is None else [option, value]
         return shlex.join(map(str, words))
 
     @property
@@ -143,13 +146,17 @@ class StudyPlan(Plan):
         return f"online loss ({str(self.loss).replace('_', ' ')})"
 
     @property
-    def source(self) -> Path:
+    def source(self) -> Path:  # type: ignore[override]
         """This package: the task's code is in it."""
         return Path(__file__)
 
     def read_record(self, data: dict[str, Any]) -> RunRecord:
         """See :meth:`RunRecord.from_dict`."""
         return RunRecord.from_dict(data)
+
+    def record_fields(self) -> list[str]:
+        """Those of :class:`RunRecord` but the curve."""
+        return [field.name for field in dataclasses.fields(RunRecord) if field.name != "curve"]
 
     def run_budget(self) -> RunBudget:
         """Steps, samples, and the FLOPs of network and frozen copy, counted on one batch."""

@@ -97,7 +97,7 @@ class TuneResult:
         plan: what was run.
         metric: what was maximised and confirmed.
         arms: by name.
-        confirm: paired comparison of ``tuned`` with ``one_equal_budget`` on ``metric``.
+        confirm: paired comparison of ``tuned`` with ``one_equal_budget`` on ``metric``: what tuned γ is better by.
         confirm_final: the same on final held-out accuracy; reported, not decisive. ``None`` for a user's own function.
         rivals: γ = 1 at the rates beside the one it chose; ``tuned`` has to beat them all.
         spent: arm name → what its search was given and took. Every arm of a verdict is given the same.
@@ -140,27 +140,29 @@ class TuneResult:
 
     def in_words(self) -> str:
         """The verdict as a sentence."""
-        tuned, base, scale = self.arms["tuned"], self.arms["one_equal_budget"], self.plan.scale
-        low, high = (scale * end for end in self.confirm.ci95)
-        difference = scale * self.confirm.mean_difference
+        tuned, base, shown = self.arms["tuned"], self.arms["one_equal_budget"], self.plan.shown_difference
+        low, high = (shown(end) for end in self.confirm.ci95)
+        difference = shown(self.confirm.mean_difference)
         if self.verdict == "range too small":
             sentence = f"Range too small: {'; '.join(self.at_edge)}. So far γ = {tuned.gamma:.3g} against γ = 1"
-            points = f": {difference:+.2f}"
+            points = f": {difference}"
         elif self.verdict == "confirmed":
-            sentence, points = f"Confirmed: γ = {tuned.gamma:.3g} beats γ = 1", f" by {difference:+.2f}"
+            sentence, points = f"Confirmed: γ = {tuned.gamma:.3g} beats γ = 1", f" by {difference}"
         elif self.verdict == "worse":
-            sentence, points = f"Worse: γ = {tuned.gamma:.3g} is below γ = 1", f" by {-difference:.2f}"
+            beside = "below" if self.plan.direction == "maximize" else "above"
+            sentence, points = f"Worse: γ = {tuned.gamma:.3g} is {beside} γ = 1", f" by {difference.lstrip('-')}"
         else:
-            sentence, points = f"Not confirmed: γ = {tuned.gamma:.3g} can't be told from γ = 1", f": {difference:+.2f}"
+            sentence, points = f"Not confirmed: γ = {tuned.gamma:.3g} can't be told from γ = 1", f": {difference}"
             if self.confirm.verdict == "confirmed":
                 hardest = min(self.rivals, key=lambda rival: rival.confirm.ci95[0])
                 sentence = f"Not confirmed: γ = {tuned.gamma:.3g} does not beat γ = 1 at lr = {hardest.lr:.3g}"
-                difference = scale * hardest.confirm.mean_difference
-                points = f" ({difference:+.2f}), only at the rate it chose: {scale * self.confirm.mean_difference:+.2f}"
+                points = f" ({shown(hardest.confirm.mean_difference)}), only at the rate it chose: {difference}"
+        unit = "points of" if self.plan.scale == 100 else "in"
+        lower = "" if self.plan.direction == "maximize" else "lower is better: "
         return (
-            f"{sentence}{points} {'points of ' if scale == 100 else 'in '}{self.metric.replace('_', ' ')} "
-            f"({self.shown(tuned.confirmed_score)} against {self.shown(base.confirmed_score)}; 95 % interval "
-            f"{low:+.2f} to {high:+.2f}, p = {self.confirm.p_value:.2g}, {len(self.confirm.seeds)} fresh paired seeds)."
+            f"{sentence}{points} {unit} {self.metric.replace('_', ' ')} "
+            f"({lower}{self.shown(tuned.confirmed_score)} against {self.shown(base.confirmed_score)}; 95 % interval "
+            f"{low} to {high}, p = {self.confirm.p_value:.2g}, {len(self.confirm.seeds)} fresh paired seeds)."
         )
 
     def budget_in_words(self) -> str:
@@ -175,8 +177,8 @@ class TuneResult:
         )
 
     def shown(self, score: float) -> str:
-        """A score as a reader wants it: a fraction in percent, anything else as it is."""
-        return f"{100 * score:.2f} %" if self.plan.scale == 100 else f"{score:.4g}"
+        """See :meth:`Plan.shown`."""
+        return self.plan.shown(score)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but trials and curves, as JSON values: the content of result.json."""
@@ -217,8 +219,8 @@ def judge(confirm: Confirmation, rivals: tuple[Rival, ...], *, edge: bool) -> Ve
 def edges(plan: Plan, arm: str, gamma: float, lr: float) -> list[str]:
     """Which coordinates of an arm's best cell lie at the end of their range, each with the option that widens it."""
     point = {GAMMA: math.log2(gamma), RATE: math.log2(lr / plan.base_lr)}
-    what = {GAMMA: (f"γ = {gamma:.3g}", "--gamma-range"), RATE: (f"lr = {lr:.3g}", "--octaves")}
+    what = {GAMMA: (f"γ = {gamma:.3g}", "gamma_range"), RATE: (f"lr = {lr:.3g}", "octaves")}
     return [
-        f"the best {what[name][0]} of arm {arm} lies at the end of its range; widen {what[name][1]}"
+        f"the best {what[name][0]} of arm {arm} lies at the end of its range; widen {plan.option(what[name][1])}"
         for name in plan.space(arm).at_edge(point)
     ]

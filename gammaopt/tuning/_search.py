@@ -138,7 +138,7 @@ def search(
     with _as_usage_error():
         optuna = require("optuna", "tune")
         name = f"{name}/{arm.arm}"
-        study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+        study = optuna.create_study(storage=storage, study_name=name, direction=plan.direction, load_if_exists=True)
         start = arm.space.points(max(arm.trials // 2, min(BATCH, arm.trials)), seed=plan.seed)
         if "plan" not in study.user_attrs:
             with experiments_allowed():
@@ -202,7 +202,7 @@ def _tell(study: optuna.Study, plan: Plan, trial: optuna.trial.Trial, records: S
     first = records[0]
     for key, value in {"gamma": first.gamma, "lr": first.lr, "effective_lr": first.effective_lr}.items():
         trial.set_user_attr(key, value)
-    scores = [float(getattr(record, plan.metric)) for record in records]
+    scores = [plan.score(record) for record in records]
     trial.set_user_attr("scores", scores)
     trial.set_user_attr("diverged_seeds", diverged)
     _report(trial, records)

@@ -11,21 +11,22 @@ import dataclasses
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gammaopt._errors import UsageError, require
 from gammaopt.online._run_file import read_runs
-from gammaopt.online.record import RunRecord
-from gammaopt.tuning._folder import Cell, opened
+from gammaopt.tuning._budget import Plan
+from gammaopt.tuning._folder import Cell, Folder, opened
+from gammaopt.tuning._objective import ObjectivePlan
 from gammaopt.tuning._plan import StudyPlan
 from gammaopt.tuning._record import Record
 from gammaopt.tuning._result import Trial, TuneResult
 from gammaopt.tuning._search import search
-from gammaopt.tuning._tune import Remote, arms, check_versions, choose, confirmation_cells, result_from
-from gammaopt.tuning._workers import Workers
+from gammaopt.tuning._tune import Remote, Trains, arms, check_versions, choose, confirmation_cells, result_from
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ class StudyState:
     """
 
     where: str
-    plan: StudyPlan
+    plan: Plan
     versions: dict[str, str]
     study_id: str
     trials: dict[str, list[Trial]]
-    runs: Mapping[Cell, RunRecord]
+    runs: Mapping[Cell, Record]
     queue: Counter[str] | None = None
     git_commit: str | None = None
 
@@ -56,6 +57,11 @@ class StudyState:
     def searched(self) -> bool:
         """Whether both arms have all their trials."""
         return all(len(trials) == self.plan.trials for trials in self.trials.values())
+
+    @property
+    def maker(self) -> str:
+        """What runs the study."""
+        return "`gammaopt tune`" if isinstance(self.plan, StudyPlan) else "gammaopt.tuning.study()"
 
     def cells_to_confirm(self, seeds: int | None = None) -> list[Cell]:
         """The chosen cell of each arm on each fresh seed; ``seeds`` of them, or as many as the plan says.
@@ -65,11 +71,11 @@ class StudyState:
         """
         if not self.searched:
             done = ", ".join(f"{name} {len(trials)}/{self.plan.trials}" for name, trials in self.trials.items())
-            raise UsageError(f"{self.where} is still searching ({done} trials); let `gammaopt tune` finish it first")
+            raise UsageError(f"{self.where} is still searching ({done} trials); let {self.maker} finish it first")
         return confirmation_cells(self._with(seeds), choose(self.plan, self.trials))
 
-    def _with(self, seeds: int | None) -> StudyPlan:
-        return self.plan if seeds is None else replace(self.plan, confirm_seeds=seeds)
+    def _with(self, seeds: int | None) -> Plan:
+        return self.plan if seeds is None else self.plan.with_fresh_seeds(seeds)
 
     def result(self, seeds: int | None = None) -> TuneResult:
         """The result on that many fresh seeds.
@@ -82,7 +88,7 @@ class StudyState:
         if missing:
             raise UsageError(
                 f"{missing} of {len(cells)} runs on fresh seeds are missing in {self.where}; "
-                "run `gammaopt confirm`, or let `gammaopt tune` finish it"
+                f"run `gammaopt confirm`, or let {self.maker} finish it"
             )
         return result_from(
             self._with(seeds), self.trials, self.runs, self.versions, self.git_commit, self.plan.command()
@@ -103,7 +109,7 @@ def read_folder(path: Path) -> StudyState:
         raise UsageError(f"{path} holds no study; give the folder that `gammaopt tune` wrote") from None
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{file} is not a readable study ({type(error).__name__}: {error}); restore it") from None
-    records, _ = read_runs(path / "runs.jsonl", RunRecord.from_dict)
+    records, _ = read_runs(path / "runs.jsonl", plan.read_record)
     return replace(_state(str(path), plan, began_under, study_id, records), git_commit=content.get("git_commit"))
 
 
@@ -126,14 +132,13 @@ def read_storage(url: str, name: str) -> StudyState:
         storage.engine.dispose()
 
 
-def plan_from(values: Mapping[str, Any]) -> StudyPlan:
-    """The plan that :meth:`StudyPlan.to_dict` gave."""
-    return StudyPlan(**{**values, "gamma_range": tuple(values["gamma_range"])})
+def plan_from(values: Mapping[str, Any]) -> Plan:
+    """The plan that its ``to_dict`` gave."""
+    kind: type[StudyPlan | ObjectivePlan] = StudyPlan if "task" in values else ObjectivePlan
+    return kind(**{**values, "gamma_range": tuple(values["gamma_range"])})
 
 
-def _state(
-    where: str, plan: StudyPlan, began_under: dict[str, str], study_id: str, records: list[RunRecord]
-) -> StudyState:
+def _state(where: str, plan: Plan, began_under: dict[str, str], study_id: str, records: Sequence[Record]) -> StudyState:
     runs = {Cell(record.gamma, record.lr, record.seed): record for record in records}
     return StudyState(where, plan, began_under, study_id, search_again(plan, runs), runs)
 
@@ -142,7 +147,7 @@ class _NotYetError(Exception):
     """A run of the search is missing."""
 
 
-def search_again(plan: StudyPlan, runs: Mapping[Cell, RunRecord]) -> dict[str, list[Trial]]:
+def search_again(plan: Plan, runs: Mapping[Cell, Record]) -> dict[str, list[Trial]]:
     """Arm → the trials that the finished runs give."""
     optuna = require("optuna", "tune")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -167,7 +172,7 @@ def summary(state: StudyState) -> dict[str, Any]:
     arms_now = {}
     for name, trials in state.trials.items():
         good = [trial for trial in trials if not trial.diverged]
-        best = max(good, key=lambda trial: trial.score, default=None)
+        best = max(good, key=lambda trial: state.plan.merit(trial.score), default=None)
         arms_now[name] = {
             "trials": len(trials),
             "diverged": len(trials) - len(good),
@@ -185,8 +190,16 @@ def summary(state: StudyState) -> dict[str, Any]:
     }
 
 
-def confirm_in_folder(path: Path, state: StudyState, seeds: int | None, jobs: int) -> TuneResult:
+def confirm_in_folder(
+    path: Path, state: StudyState, seeds: int | None, workers_of: Callable[[Folder], AbstractContextManager[Trains]]
+) -> TuneResult:
     """The result on ``seeds`` fresh seeds; the missing runs are trained here, and kept in the folder.
+
+    Args:
+        path: the study's folder.
+        state: the study.
+        seeds: how many fresh seeds; as many as the plan says if ``None``.
+        workers_of: gives who trains what is missing.
 
     Raises:
         UsageError: if the searches are not at their end, the study began under other versions, or the folder is in use.
@@ -195,7 +208,7 @@ def confirm_in_folder(path: Path, state: StudyState, seeds: int | None, jobs: in
     if all(cell in state.runs for cell in cells):
         return state.result(seeds)
     check_versions(state.where, state.versions)
-    with opened(path, state.plan) as folder, Workers(state.plan, jobs, checkpoints=path) as workers:
+    with opened(path, state.plan) as folder, workers_of(folder) as workers:
         for record in workers.run([cell for cell in cells if cell not in folder.runs]):
             folder.add(record)
     return read_folder(path).result(seeds)
@@ -214,6 +227,7 @@ def confirm_with_workers(
         return state.result(seeds)
     from gammaopt.tuning._remote import RemoteWorkers
 
+    assert isinstance(state.plan, StudyPlan)  # no other has a queue
     remote = Remote(state.where, say=say)
     with RemoteWorkers(state.plan, url, remote, began_under=state.versions, study_id=state.study_id) as workers:
         for _ in workers.run([cell for cell in cells if cell not in state.runs]):
@@ -228,8 +242,8 @@ def table(state: StudyState, what: str, form: str) -> str:
         rows = [dataclasses.asdict(trial) for trials in state.trials.values() for trial in trials]
         fields = [field.name for field in dataclasses.fields(Trial)]
     else:
-        rows = [dataclasses.asdict(record) for record in state.runs.values()]
-        fields = [field.name for field in dataclasses.fields(RunRecord) if field.name != "curve"]
+        rows = [json.loads(record.to_json()) for record in state.runs.values()]
+        fields = state.plan.record_fields()
     if form == "jsonl":
         return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
     text = io.StringIO()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -89,17 +88,14 @@ class _Counter:
         )
 
     def event(self) -> None:
-        best = max((t for t in self.trials if t.arm == self.stage and not t.diverged), key=_score, default=None)
+        trials = [t for t in self.trials if t.arm == self.stage and not t.diverged]
+        best = max(trials, key=lambda trial: self.plan.merit(trial.score), default=None)
         runs = min(len(self.asked), self.total)
         self.send(Progress(self.stage, len(self.trials), 2 * self.plan.trials, runs, self.total, self.new, best))
 
     def told(self, trial: Trial) -> None:
         self.trials.append(trial)
         self.event()
-
-
-def _score(trial: Trial) -> float:
-    return trial.score
 
 
 def tune(
@@ -188,9 +184,11 @@ def run_study(
         counter.event()
         evaluate(cells)
         counter.event()
-        command = plan.command() + f" --out {shlex.quote(str(out))}"
-        command += f" --storage {shlex.quote(without_secrets(storage))}" if storage is not None else ""
-        command += f" --study {shlex.quote(remote.study)}" if remote is not None else ""
+        command = plan.command(
+            out=str(out),
+            storage=None if storage is None else without_secrets(storage),
+            study=None if remote is None else remote.study,
+        )
         result = result_from(plan, trials, folder.runs, folder.versions, folder.git_commit, command)
         if not folder.finished:
             folder.write("result.json", result.to_json())
@@ -260,7 +258,7 @@ def arms(plan: Plan) -> list[Search]:
 
 def choose(plan: Plan, trials: Mapping[str, list[Trial]]) -> dict[str, Trial]:
     """Arm → its best trial; the arm ``one`` are the first trials of ``one_equal_budget``."""
-    return {name: best_trial(of_arm) for name, of_arm in _with_one(plan, trials).items()}
+    return {name: best_trial(of_arm, plan.direction) for name, of_arm in _with_one(plan, trials).items()}
 
 
 def _with_one(plan: Plan, trials: Mapping[str, list[Trial]]) -> dict[str, list[Trial]]:
@@ -310,9 +308,10 @@ def _renamed(trial: Trial, arm: str) -> Trial:
     return Trial(arm, trial.gamma, trial.lr, trial.effective_lr, trial.score, trial.diverged)
 
 
-def best_trial(trials: list[Trial]) -> Trial:
+def best_trial(trials: list[Trial], direction: str = "maximize") -> Trial:
     """The best trial that diverged on no seed; where all did, the one that earned most before it did."""
-    return max([trial for trial in trials if not trial.diverged] or trials, key=_score)
+    better = max if direction == "maximize" else min
+    return better([trial for trial in trials if not trial.diverged] or trials, key=lambda trial: trial.score)
 
 
 def places_to_confirm(chosen: Mapping[str, Trial]) -> dict[str, tuple[float, float]]:
@@ -332,11 +331,12 @@ def _result(
     git_commit: str | None,
     command: str,
 ) -> TuneResult:
-    metric = plan.metric
-    at_end = plan.metric_at_end or metric
+    def scores(name: str) -> list[float]:
+        return [plan.score(record) for record in runs[name]]
 
-    def scores(name: str, metric: str) -> list[float]:
-        return [float(getattr(record, metric)) for record in runs[name]]
+    def at_end(name: str) -> list[float]:
+        of = plan.metric_at_end
+        return scores(name) if of is None else [float(getattr(record, of)) for record in runs[name]]
 
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
@@ -350,23 +350,27 @@ def _result(
             lr=best.lr,
             effective_lr=best.effective_lr,
             score=best.score,
-            confirmed_score=mean(scores(name, metric)),
-            confirmed_final=mean(scores(name, at_end)),
-            scores=tuple(scores(name, metric)),
+            confirmed_score=mean(scores(name)),
+            confirmed_final=mean(at_end(name)),
+            scores=tuple(scores(name)),
         )
         for name, best in chosen.items()
     }
 
-    def compare(metric: str, baseline: str = "one_equal_budget") -> Confirmation:
-        return paired_t(metric, plan.fresh_seeds, scores("tuned", metric), scores(baseline, metric))
+    def compare(baseline: str = "one_equal_budget") -> Confirmation:
+        first, second = ("tuned", baseline) if plan.direction == "maximize" else (baseline, "tuned")
+        return paired_t(plan.metric, plan.fresh_seeds, scores(first), scores(second))
+
+    def compare_at_end(metric: str) -> Confirmation:
+        return paired_t(metric, plan.fresh_seeds, at_end("tuned"), at_end("one_equal_budget"))
 
     return TuneResult(
         plan=plan,
-        metric=metric,
+        metric=plan.metric,
         arms=arms,
-        confirm=compare(metric),
-        confirm_final=None if plan.metric_at_end is None else compare(plan.metric_at_end),
-        rivals=tuple(Rival(run[0].lr, compare(metric, name)) for name, run in runs.items() if name not in chosen),
+        confirm=compare(),
+        confirm_final=None if plan.metric_at_end is None else compare_at_end(plan.metric_at_end),
+        rivals=tuple(Rival(run[0].lr, compare(name)) for name, run in runs.items() if name not in chosen),
         spent=spent,
         notes=tuple(_notes(plan, chosen)),
         versions=began_under,
@@ -379,12 +383,12 @@ def _result(
 
 def _notes(plan: Plan, chosen: dict[str, Trial]) -> list[str]:
     notes = [
-        f"all trials of arm {name} diverged; widen --gamma-range or --octaves"
+        f"all trials of arm {name} diverged; widen {plan.option('gamma_range')} or {plan.option('octaves')}"
         for name, best in chosen.items()
         if best.diverged
     ]
     for name in ("tuned", "one_equal_budget"):
         notes += [f"range too small: {edge}" for edge in edges(plan, name, chosen[name].gamma, chosen[name].lr)]
     if plan.confirm_seeds < 10:
-        notes.append(f"{plan.confirm_seeds} fresh seeds are few; give --confirm-seeds 10 or more")
+        notes.append(f"{plan.confirm_seeds} fresh seeds are few; give {plan.option('confirm_seeds')} 10 or more")
     return notes

@@ -1,0 +1,114 @@
+"""A study's progress on stderr: a bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from gammaopt._terminal import on_stderr
+
+if TYPE_CHECKING:
+    from gammaopt.tuning import Progress
+    from gammaopt.tuning._budget import Plan
+
+
+def range_line(plan: Plan) -> str:
+    """What range of γ the step budget gave, and how to set another."""
+    low, high = plan.gamma_range
+    return f"γ from {low:g} to {high:g}: what {plan.steps:,} steps can train; {plan.option('gamma_range')} sets it"
+
+
+@contextmanager
+def study_progress(plan: Plan, *, quiet: bool) -> Iterator[Callable[[Progress], None]]:
+    """What shows a study's progress on stderr: a bar on a terminal, plain lines elsewhere, nothing if quiet."""
+    console = Console(stderr=True)
+    if quiet:
+        yield lambda _: None
+    elif console.is_terminal:
+        with _bar(console, plan) as show:
+            yield show
+    else:
+        yield _PlainLines(console, plan)
+
+
+def after_line(line: str | None, show: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    """``show``, and before its first progress a line, if there is one: by then all options have turned out sound."""
+    left = [line] if line else []
+
+    def told(progress: Progress) -> None:
+        while left:
+            on_stderr(left.pop())
+        show(progress)
+
+    return told
+
+
+def _best(progress: Progress, plan: Plan) -> str:
+    best = progress.best
+    return "" if best is None else f"best γ = {best.gamma:.3g}: {plan.shown(best.score, decimals=1)}"
+
+
+def _done(progress: Progress) -> str:
+    if progress.stage == "confirm":
+        return f"{progress.runs}/{progress.runs_total} runs"
+    return f"{progress.trials}/{progress.trials_total} trials"
+
+
+_STAGES = {"tuned": "tuning γ", "one_equal_budget": "γ = 1", "confirm": "confirming"}
+
+
+@contextmanager
+def _bar(console: Console, plan: Plan) -> Iterator[Callable[[Progress], None]]:
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns: tuple[Any, ...] = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(bar_width=14),
+        TextColumn("{task.fields[trials]}"),
+        TextColumn("{task.fields[best]}"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=console, transient=True) as bar:
+        row = bar.add_task("starting", total=None, trials="", best="")
+        start: int | None = None
+
+        def show(progress: Progress) -> None:
+            nonlocal start
+            if start is None:
+                # Runs finished by an earlier process must not count as speed.
+                start = progress.runs - progress.new_runs
+                bar.reset(row, total=progress.runs_total - start)
+            bar.update(
+                row,
+                description=_STAGES[progress.stage],
+                total=progress.runs_total - start,
+                completed=progress.runs - start,
+                trials=_done(progress),
+                best=_best(progress, plan),
+            )
+
+        yield show
+
+
+class _PlainLines:
+    """One line for each tenth of the study, for logs."""
+
+    def __init__(self, console: Console, plan: Plan) -> None:
+        self._console, self._plan, self._tenth = console, plan, -1
+
+    def __call__(self, progress: Progress) -> None:
+        tenth = 10 * progress.runs // progress.runs_total
+        if tenth == self._tenth:
+            return
+        self._tenth = tenth
+        self._console.print(
+            f"{10 * tenth} % · {_STAGES[progress.stage]} · {_done(progress)} · {_best(progress, self._plan)}".rstrip(
+                " ·"
+            ),
+            highlight=False,
+            markup=False,
+        )

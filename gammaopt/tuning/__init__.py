@@ -6,6 +6,8 @@ each arm is then run on fresh seeds, and the verdict compares ``tuned`` with ``o
 with γ = 1 at the rates beside the one it chose.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from gammaopt.tuning._confirm import Confirmation as Confirmation
 from gammaopt.tuning._confirm import holm as holm
 from gammaopt.tuning._confirm import paired_t as paired_t
@@ -19,11 +21,15 @@ from gammaopt.tuning._tune import Progress as Progress
 from gammaopt.tuning._tune import Remote as Remote
 from gammaopt.tuning._tune import tune as tune
 
+if TYPE_CHECKING:
+    from gammaopt.tuning._pruner import RescaledTimePruner as RescaledTimePruner
+
 __all__ = [
     "Arm",
     "Confirmation",
     "Progress",
     "Remote",
+    "RescaledTimePruner",
     "Rival",
     "Space",
     "Spent",
@@ -33,3 +39,11 @@ __all__ = [
     "paired_t",
     "tune",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "RescaledTimePruner":  # a class of Optuna's, which importing this does not import
+        raise AttributeError(f"module 'gammaopt.tuning' has no attribute {name!r}")
+    from gammaopt.tuning._pruner import RescaledTimePruner
+
+    return RescaledTimePruner

@@ -123,12 +123,13 @@ class RescaledTimePruner(BasePruner):
         if at_one is None or (own := self.plateau(gamma, at_one)) * self._margin >= step:
             return False
         s = step / own
-        others = [sign * there for other in finished if (there := self._at(other, s, at_one)) is not None]
+        there = [self._at(other, s, at_one) for other in finished]
+        others = [_merit(value, sign) for value in there if value is not None]
         if len(others) < self._n_startup_trials:
             return False
         for stopped in study.get_trials(deepcopy=False, states=(TrialState.PRUNED,)):
-            there = self._at(stopped, s, at_one)
-            others.append(-math.inf if there is None or math.isnan(there) else sign * there)
+            reached = self._at(stopped, s, at_one)
+            others.append(-math.inf if reached is None else _merit(reached, sign))
         return sign * value < sorted(others)[int(self._quantile * (len(others) - 1))]
 
     def _at(self, trial: FrozenTrial, s: float, at_one: float) -> float | None:
@@ -154,6 +155,11 @@ class RescaledTimePruner(BasePruner):
             if left is not None:
                 found.append(left / self.plateau(self._gamma(trial), 1.0))
         return max(found, default=None)
+
+
+def _merit(value: float, sign: float) -> float:
+    """Higher is better, and what is no number is worse than anything."""
+    return -math.inf if math.isnan(value) else sign * value
 
 
 def _left(values: Mapping[int, float], best: float, sign: float) -> float | None:

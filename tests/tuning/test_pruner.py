@@ -156,6 +156,16 @@ def test_a_value_that_is_no_number_stops_its_run_even_on_the_plateau() -> None:
     assert stopped_at(PRUNER, FAST, {1: math.nan}, 1000.0) == 1
 
 
+def test_finished_trials_that_blew_up_are_worse_than_anything() -> None:
+    """Between a finite and an infinite loss, linear interpolation is no number."""
+    broken = {30: 0.5, 100: 0.5, 101: math.inf, STEPS: math.inf}
+    trials = [optuna.create_trial(value=1e9, intermediate_values=broken, user_attrs={"gamma": 1.0})] * 3
+    losses = study_of(*(finished(1.0, quality, -1.0) for quality in (0.7, 0.8, 0.9)), *trials, direction="minimize")
+    assert stopped_at(MEDIAN, losses, {1000: -0.5}, 1.0) is None
+    assert stopped_at(MEDIAN, losses, {1000: math.inf}, 1.0) is None
+    assert stopped_at(RescaledTimePruner(LAW, AT_ONE, quantile=0.7), losses, {1000: -0.5}, 1.0) == 1000
+
+
 def test_it_works_in_a_plain_optuna_study() -> None:
     """Whole studies: it stops bad runs of every γ and none of the best, which the median pruner mostly stops."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)

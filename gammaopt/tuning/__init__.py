@@ -8,6 +8,8 @@ with γ = 1 at the rates beside the one it chose.
 ``tune`` studies a bundled task, ``study`` your own training function.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from gammaopt.tuning._confirm import Confirmation as Confirmation
 from gammaopt.tuning._confirm import holm as holm
 from gammaopt.tuning._confirm import paired_t as paired_t
@@ -25,6 +27,9 @@ from gammaopt.tuning._tune import Progress as Progress
 from gammaopt.tuning._tune import Remote as Remote
 from gammaopt.tuning._tune import tune as tune
 
+if TYPE_CHECKING:
+    from gammaopt.tuning._pruner import RescaledTimePruner as RescaledTimePruner
+
 __all__ = [
     "Arm",
     "Confirmation",
@@ -32,6 +37,7 @@ __all__ = [
     "ObjectiveTrial",
     "Progress",
     "Remote",
+    "RescaledTimePruner",
     "Rival",
     "Space",
     "Spent",
@@ -43,3 +49,11 @@ __all__ = [
     "study",
     "tune",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "RescaledTimePruner":  # a class of Optuna's, which importing this does not import
+        raise AttributeError(f"module 'gammaopt.tuning' has no attribute {name!r}")
+    from gammaopt.tuning._pruner import RescaledTimePruner
+
+    return RescaledTimePruner

@@ -48,15 +48,16 @@ LEARNED = 0.8  # of the first loss, that of f = 0; a network that died and answe
 
 def run_all(jobs: Iterable[Job], cores: int | None = None) -> list[RunRecord]:
     """Train the jobs, one thread each, on ``cores`` processes (all there are if ``None``); records in jobs' order."""
-    return _map(_run, list(jobs), cores)
+    return on_all_cores(_run, list(jobs), cores)
 
 
 def stable_edges(jobs: Iterable[EdgeJob], cores: int | None = None) -> list[float]:
     """log₁₀ η of each job's stable edge; see :func:`stable_edge`."""
-    return _map(stable_edge, list(jobs), cores)
+    return on_all_cores(stable_edge, list(jobs), cores)
 
 
-def _map(function: Callable[[Task], Result], tasks: Sequence[Task], cores: int | None) -> list[Result]:
+def on_all_cores(function: Callable[[Task], Result], tasks: Sequence[Task], cores: int | None) -> list[Result]:
+    """``function`` of each task, one thread each; in order."""
     cores = cores or len(os.sched_getaffinity(0))
     if cores == 1:  # in this process: starting one costs seconds
         threads = torch.get_num_threads()

@@ -81,6 +81,12 @@ def agreements(
     Args:
         models: a list, whose keys are positions, or a mapping, for example γ → model.
         stream, output, dtype: see :func:`agreement`.
+
+    Example:
+        >>> import torch
+        >>> nets = {gamma: torch.nn.Linear(2, 3) for gamma in (0.1, 1.0, 10.0)}
+        >>> list(agreements(nets, torch.eye(2)))
+        [(0.1, 1.0), (0.1, 10.0), (1.0, 10.0)]
     """
     named = dict(models) if isinstance(models, Mapping) else dict(enumerate(models))
     if len(named) < 2:

@@ -100,9 +100,7 @@ def dynamics(
     if not 0 < moved < 1:
         raise UsageError(f"moved={moved:g} is no share; give 0 < moved < 1")
     positive("rise", rise), positive("smallest", smallest)
-    steps, losses = _arrays(curve)
-    first = positive("start", float(losses[0]) if start is None else start)
-    relative = losses / first
+    steps, relative = relative_curve(curve, start=start)
     bad = ~np.isfinite(relative) | (relative > DIVERGED_RATIO)
     told = getattr(curve, "diverged_at", None)
     if bad.any() or told is not None:
@@ -116,6 +114,12 @@ def dynamics(
     return Dynamics(
         catapult, _left(steps, relative, moved), _drops(steps, relative, smallest), None, float(relative[-1])
     )
+
+
+def relative_curve(curve: Any, *, start: float | None = None) -> tuple[Array, Array]:
+    """Steps and ℓ(t)/ℓ(0) of a curve; see :func:`dynamics`."""
+    steps, losses = _arrays(curve)
+    return steps, losses / positive("start", float(losses[0]) if start is None else start)
 
 
 def _arrays(curve: Any) -> tuple[Array, Array]:

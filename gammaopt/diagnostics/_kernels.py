@@ -167,6 +167,12 @@ def ntk_eigenvalues(model: nn.Module, x: Inputs, **settings: Any) -> Tensor:
 
     Args:
         model, x, settings: see :func:`ntk`; with ``full``, all n·C of the full one.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Linear(2, 1, bias=False)  # Θ = x xᵀ
+        >>> [round(value, 6) for value in ntk_eigenvalues(net, torch.diag(torch.tensor([1.0, 3.0]))).tolist()]
+        [9.0, 1.0]
     """
     kernel = ntk(model, x, **settings)
     if kernel.dim() == 4:
@@ -193,6 +199,12 @@ def feature_kernel(
 
     Raises:
         UsageError: for an unknown ``layer``, or one that does not run or whose input isn't one row for each sample.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(2, 1))
+        >>> feature_kernel(net, torch.tensor([[2.0, -1.0], [0.0, 4.0]])).tolist()
+        [[2.0, 0.0], [0.0, 8.0]]
     """
     function = Function(model, output, dtype)
     function.refuse_batch_statistics("a feature kernel")
@@ -249,6 +261,13 @@ def centred_kernel_alignment(kernel: Tensor, other: Tensor, *, centred: bool = T
 
     Raises:
         UsageError: for kernels that are not both (n, n), or one that is 0 after centring.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 1.0]])
+        >>> moved = 3 * x.flip(1) + 5  # a rotation, a scale and a shift: the same kernel but for its mean
+        >>> round(centred_kernel_alignment(x @ x.T, moved @ moved.T), 5)
+        1.0
     """
     if kernel.shape != other.shape or kernel.dim() != 2 or kernel.shape[0] != kernel.shape[1]:
         raise UsageError(

@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from gammaopt._errors import UsageError, at_least, one_of, require
+from gammaopt._errors import MissingExtraError, UsageError, at_least, one_of
 from gammaopt._files import locked
 from gammaopt._laws import EtaLaw
 from gammaopt._plan import Plan
@@ -78,6 +78,11 @@ class Measurement:
         """One line of strict JSON; a number that isn't finite becomes ``null``."""
         every = dataclasses.asdict(self)
         return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in every.items()})
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Measurement:
+        """The measurement that :meth:`to_json` wrote; a loss that was ``null`` is no number."""
+        return cls(**{**data, "loss": math.nan if data["loss"] is None else data["loss"]})
 
 
 class Monitor:
@@ -343,7 +348,10 @@ def _few(inputs: Any, count: int) -> Any:
 def _writer(tensorboard: Any) -> Any:
     if tensorboard is None or hasattr(tensorboard, "add_scalar"):
         return tensorboard
-    require("tensorboard", "frameworks")
-    from torch.utils.tensorboard import SummaryWriter
-
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MissingExtraError(
+            "this needs the package 'tensorboard', which is not installed; run: pip install tensorboard"
+        ) from None
     return SummaryWriter(str(tensorboard))

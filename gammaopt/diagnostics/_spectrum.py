@@ -302,6 +302,14 @@ def spectral_density(
         model, loss, data, matrix, reduction, output, dtype, seed: see :func:`hessian_eigenvalues`.
         probes: random vectors, ≥ 1.
         steps: Lanczos steps from each, ≥ 2: probes × steps products at most.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Linear(3, 1, bias=False)
+        >>> x = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
+        >>> density = spectral_density(net, "mse", (x, torch.zeros(3, 1)), probes=1)  # H = 2 xᵀx/3
+        >>> density.nodes.round(4).tolist(), round(float(density.weights.sum()), 6)
+        ([0.6667, 2.6667, 6.0], 1.0)
     """
     at_least("probes", probes, 1), at_least("steps", steps, 2)
     operator = _operator(model, loss, data, None, matrix=matrix, reduction=reduction, output=output, dtype=dtype)

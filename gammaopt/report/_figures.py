@@ -18,11 +18,12 @@ SIZE = (7.2, 4.0)
 SHOWN_POINTS = 20.0  # of accuracy below the best, in the figures
 
 
-def _figure() -> tuple[Figure, Axes]:
+def new_figure() -> tuple[Figure, Axes]:
+    """A figure with one plain pair of axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE, layout="constrained")
-    return figure, _plain(figure.add_subplot())
+    return figure, plain(figure.add_subplot())
 
 
 def _unit(result: TuneResult) -> str:
@@ -43,7 +44,8 @@ def _frame(result: TuneResult, scores: list[float]) -> tuple[float, float]:
     return low, high
 
 
-def _plain(axes: Axes) -> Axes:
+def plain(axes: Axes) -> Axes:
+    """Axes without a frame at top and right, over a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
     return axes
@@ -51,14 +53,14 @@ def _plain(axes: Axes) -> Axes:
 
 def gamma_curve(result: TuneResult) -> Figure:
     """Accuracy against γ: every trial of the search, and the paired fresh seeds of tuned γ and γ = 1."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     gamma_curve_on(axes, result)
     return figure
 
 
 def gamma_curve_on(axes: Axes, result: TuneResult) -> None:
     """Draw :func:`gamma_curve` on given axes."""
-    _plain(axes)
+    plain(axes)
     searched, scale = [t for t in result.trials if not t.diverged], result.plan.scale
     for arm, colour, label in (("tuned", TUNED, "trials over γ"), ("one_equal_budget", ONE, "trials at γ = 1")):
         mine = [t for t in searched if t.arm == arm]
@@ -90,7 +92,7 @@ def gamma_curve_on(axes: Axes, result: TuneResult) -> None:
 
 def plane(result: TuneResult) -> Figure:
     """The trials in the (γ, η) plane with the law's line through the best rate found at γ = 1."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     stable = [t for t in result.trials if not t.diverged]
     diverged = [t for t in result.trials if t.diverged]
     colours = [result.plan.scale * t.score for t in stable] or [0.0, SHOWN_POINTS]
@@ -134,7 +136,7 @@ def _colours(result: TuneResult, scores: list[float]) -> tuple[float, float]:
 
 def loss_curves(result: TuneResult) -> Figure:
     """The runs in time on the fresh seeds: mean and standard deviation, tuned γ against γ = 1."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for name, colour in (("one_equal_budget", ONE), ("tuned", TUNED)):
         arm = result.arms[name]
         steps, mean, spread = _mean_curve(result.runs[name])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import nn
 
 import gammaopt
 from gammaopt import UsageError
-from gammaopt.diagnostics import Monitor, kernel_target_alignment, ntk, sharpness
+from gammaopt.diagnostics import Measurement, Monitor, kernel_target_alignment, ntk, sharpness
 from gammaopt.online import MLP, RunRecord
 
 X = torch.sign(torch.randn(32, 6, generator=torch.Generator().manual_seed(0)))
@@ -79,7 +81,8 @@ def test_it_measures_at_log_spaced_steps_what_the_functions_measure(tmp_path: Pa
     record = monitor.finish()
     assert monitor.finish() is record
     lines = (tmp_path / "measurements.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [*steps, 60]
+    assert [Measurement.from_dict(json.loads(line)) for line in lines] == monitor.measurements
+    assert [m.step for m in monitor.measurements] == [*steps, 60]
     (written,) = (tmp_path / "runs.jsonl").read_text().splitlines()
     assert RunRecord.from_dict(json.loads(written)) == record
     assert (record.gamma, record.lr, record.steps) == (2.0, 0.2, 60)
@@ -115,7 +118,9 @@ def test_a_diverged_run_and_a_plain_model_and_adam_have_records_too() -> None:
     with torch.no_grad():
         net.get_parameter("1.weight").fill_(float("nan"))
     assert not torch.isfinite(torch.tensor(monitor.measure().loss))
-    assert json.loads(monitor.measurements[-1].to_json())["loss"] is None
+    written = json.loads(monitor.measurements[-1].to_json())
+    assert written["loss"] is None
+    assert math.isnan(Measurement.from_dict(written).loss)
     assert monitor.verdict() == "step 5: diverged"
     silent = Monitor(net, adam, "mse", (X, Y), share=None)
     silent()
@@ -183,3 +188,33 @@ def test_a_list_of_batches_is_refused() -> None:
     model, optimizer = fresh()
     with pytest.raises(UsageError, match="a monitor takes one batch, and data has 2"):
         Monitor(model, optimizer, "mse", [(X, Y), (X, Y)])  # type: ignore[arg-type]
+
+
+def test_without_tensorboard_a_folder_for_it_is_refused_in_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    model, optimizer = fresh()
+    with pytest.raises(ImportError, match="'tensorboard', which is not installed; run: pip install tensorboard"):
+        Monitor(model, optimizer, "mse", (X, Y), tensorboard=tmp_path)
+
+
+def test_the_model_of_a_monitor_is_left_as_it_was() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 1))
+    net[3].eval()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    (net(X) - Y).square().mean().backward()
+    kept = {name: value.clone() for name, value in net.state_dict().items()}
+    grads = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    modes, state = [part.training for part in net.modules()], torch.get_rng_state()
+    monitor = Monitor(net, optimizer, "mse", (X, Y), share=None, measures=("sharpness",))
+    monitor.measure()
+    monitor.finish()
+    assert all(torch.equal(value, kept[name]) for name, value in net.state_dict().items())
+    assert all(p.grad is not None and torch.equal(p.grad, grads[name]) for name, p in net.named_parameters())
+    assert [part.training for part in net.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(UsageError, match=r"the NTK is a function of single samples, and '1' normalises"):
+        Monitor(net, optimizer, "mse", (X, Y), measures=("ntk",))

@@ -1,0 +1,169 @@
+"""A monitor as a callback measures what it measures in a plain loop, and the framework's training is the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import gammaopt
+from gammaopt import wrap
+from gammaopt.diagnostics import Measurement, Monitor
+from gammaopt.online import MLP, RunRecord
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the frameworks' advice, which is not about us
+
+GENERATOR = torch.Generator().manual_seed(7)
+X = torch.sign(torch.randn(8, 6, generator=GENERATOR))
+Y = X[:, :1] * X[:, 1:2]
+STEPS = 6
+
+
+def prepared() -> nn.Module:
+    torch.manual_seed(0)
+    return wrap(MLP(6, 1, width=8, depth=3), 3.0, depth=3, parametrization="mean_field")
+
+
+def plain_loop() -> tuple[nn.Module, Monitor]:
+    model = prepared()
+    optimizer = gammaopt.SGD(model.parameters(), lr=0.3)
+    monitor = Monitor(model, optimizer, "mse", (X, Y), share=None)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = (model(X) - Y).square().mean()
+        loss.backward()
+        optimizer.step()
+        monitor(loss)
+    return model, monitor
+
+
+def same(found: Monitor, expected: Monitor, out: Path) -> None:
+    """Equal measurements but for the seconds, and the same record, written."""
+    assert [m.step for m in found.measurements] == [m.step for m in expected.measurements] == [0, 1, 2, 3, 5]
+    for ours, theirs in zip(found.measurements, expected.measurements, strict=True):
+        mine, other = ours.numbers(), theirs.numbers()
+        assert mine.pop("seconds") >= 0
+        other.pop("seconds")
+        assert mine == pytest.approx(other, rel=1e-5)
+    lines = (out / "measurements.jsonl").read_text().splitlines()
+    assert [Measurement.from_dict(json.loads(line)) for line in lines] == found.measurements
+    record, wanted = found.finish(), expected.finish()
+    (line,) = (out / "runs.jsonl").read_text().splitlines()
+    assert RunRecord.from_dict(json.loads(line)) == record
+    assert record.curve.loss == pytest.approx(wanted.curve.loss, rel=1e-4)
+    assert (record.gamma, record.lr) == (3.0, 0.3)
+    assert record.effective_lr == pytest.approx(wanted.effective_lr)
+
+
+def test_lightning_measures_as_the_plain_loop_and_logs_it(tmp_path: Path) -> None:
+    pl: Any = pytest.importorskip("lightning.pytorch", reason="needs the extra 'frameworks'")
+    from gammaopt.integrations.lightning import MonitorCallback
+
+    class Task(pl.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = prepared()
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            x, y = batch
+            loss: Tensor = (self.model(x) - y).square().mean()
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return gammaopt.SGD(self.parameters(), lr=0.3)
+
+    class Logger(pl.loggers.logger.Logger):  # type: ignore[misc]
+        name, version = "test", 0
+        told: list[tuple[int | None, dict[str, float]]] = []  # noqa: RUF012
+
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            self.told.append((step, metrics))
+
+        def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+            """Nothing to tell."""
+
+    task, logger = Task(), Logger()
+    callback = MonitorCallback((X, Y), "mse", share=None, out=tmp_path)
+    pl.Trainer(
+        max_steps=STEPS, accelerator="cpu", devices=1, logger=logger, callbacks=[callback], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    ).fit(task, DataLoader(TensorDataset(X, Y), batch_size=8))  # fmt: skip
+    model, monitor = plain_loop()
+    assert callback.monitor is not None
+    assert callback.monitor.model is task.model
+    same(callback.monitor, monitor, tmp_path)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(task.model.state_dict()[name], value)
+    told = [(step, found["gammaopt/sharpness_lr"]) for step, found in logger.told if "gammaopt/sharpness_lr" in found]
+    assert told == [(m.step, m.sharpness_lr) for m in callback.monitor.measurements]
+
+
+def test_accumulated_gradients_are_one_step_in_lightning() -> None:
+    pytest.importorskip("lightning.pytorch", reason="needs the extra 'frameworks'")
+    from gammaopt.integrations.lightning import MonitorCallback
+
+    model = prepared()
+
+    class Trainer:
+        is_global_zero, global_step, loggers = True, 0, ()
+        optimizers = (gammaopt.SGD(model.parameters(), lr=0.3),)
+
+    trainer, callback = Trainer(), MonitorCallback((X, Y), "mse", share=None, measures=())
+    callback.on_train_start(trainer, model)
+    assert callback.monitor is not None
+    for batch in range(4):
+        trainer.global_step = (batch + 1) // 2
+        callback.on_train_batch_end(trainer, model, {"loss": torch.tensor(1.0)}, None, batch)
+    assert callback.monitor.step == 2
+    other = MonitorCallback((X, Y), "mse")
+    trainer.is_global_zero = False
+    other.on_train_start(trainer, model)
+    other.on_train_batch_end(trainer, model, {}, None, 0)
+    other.on_train_end(trainer, model)
+    assert other.monitor is None
+
+
+class Regression(nn.Module):
+    """The MLP as Hugging Face's trainer calls a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = prepared()
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        output = self.net(x)
+        return {"logits": output} if labels is None else {"loss": (output - labels).square().mean(), "logits": output}
+
+
+@pytest.mark.parametrize("logging_steps", [1, 100])
+def test_hugging_faces_trainer_measures_as_the_plain_loop(tmp_path: Path, logging_steps: int) -> None:
+    transformers: Any = pytest.importorskip("transformers", reason="needs the extra 'frameworks'")
+    pytest.importorskip("accelerate", reason="needs the extra 'frameworks'")
+    from gammaopt.integrations.transformers import MonitorCallback
+
+    model = Regression()
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "hf"), max_steps=STEPS, per_device_train_batch_size=8, report_to=[], use_cpu=True,
+        remove_unused_columns=False, logging_steps=logging_steps, save_strategy="no", disable_tqdm=True,
+        dataloader_pin_memory=False, max_grad_norm=0.0, lr_scheduler_type="constant",
+    )  # fmt: skip
+    callback = MonitorCallback((X, Y), "mse", share=None, out=tmp_path)
+    optimizer = gammaopt.SGD(model.parameters(), lr=0.3)
+    samples = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
+    transformers.Trainer(
+        model, arguments, train_dataset=samples, optimizers=(optimizer, None), callbacks=[callback]
+    ).train()
+    _, monitor = plain_loop()
+    assert callback.monitor is not None
+    assert callback.monitor.model is model.net
+    if logging_steps == 1:
+        same(callback.monitor, monitor, tmp_path)
+    else:  # the trainer tells no losses in between
+        steps = [m.sharpness_lr for m in callback.monitor.measurements]
+        assert steps == pytest.approx([m.sharpness_lr for m in monitor.measurements], rel=1e-5)
+        assert callback.monitor.finish().curve.loss == ()

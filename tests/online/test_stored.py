@@ -240,6 +240,17 @@ def test_cifar_10_and_mnist_come_through_torchvision_from_a_local_root(tmp_path:
         build_stream("cifar10", root=tmp_path / "nowhere")
 
 
+def test_pixels_are_the_batches_as_they_are_stored(tmp_path: Path) -> None:
+    stream = cifar5m(write_cifar(tmp_path), held_out=20)
+    for split in ("train", "held_out"):
+        pixels, labels = stream.pixels(3, 1, 4, 5, split)
+        images, targets = stream.batches(3, 1, 4, 5, split)
+        assert (pixels.shape, pixels.dtype) == ((3, 5, 32, 32, 3), torch.uint8)
+        assert torch.equal(labels, targets)
+        plain = (pixels.double() / 255 - stream._mean) / stream._std
+        torch.testing.assert_close(images.double(), plain.movedim(-1, -3), rtol=0, atol=1e-5)
+
+
 # Broken files
 
 

@@ -484,6 +484,20 @@ def test_a_batch_is_the_same_in_whatever_chunk_after_whatever_and_from_another_o
     assert same(stream.batches(5, 0, 1, 5, "held_out"), stream.batches(4, 0, 1, 5, "held_out"))
 
 
+def test_the_next_chunk_is_asked_of_the_disk_ahead(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = cifar5m(folder, held_out=20)
+    asked: list[list[int]] = []
+    monkeypatch.setattr("gammaopt.online.streams._stored._read_ahead", lambda _, index: asked.append(index.tolist()))
+    stream.batches(0, 0, 2, 7)
+    ahead = asked[2:]  # after those of the chunk itself, from either part
+    asked.clear()
+    stream.batches(0, 2, 4, 7)
+    assert ahead == asked[:2]
+    asked.clear()
+    stream.batches(0, 0, 20, 5)
+    assert len(asked) == 2, "nothing comes after the end of the pass"
+
+
 def test_blocks_give_whole_passes_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gammaopt.online.streams._stored.SCATTERED", 0)
     monkeypatch.setattr("gammaopt.online.streams._stored.BLOCK", 4)

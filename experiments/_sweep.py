@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from gammaopt.online import Recipe, RunRecord, train
+from gammaopt.online.streams import Batches
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -33,17 +34,22 @@ class Job(NamedTuple):
 
 
 class EdgeJob(NamedTuple):
-    """A search for the largest rate that trains; rates in decades of c = η/s(γ)."""
+    """A search for the largest rate that trains; rates in decades of c = η/s(γ).
+
+    A run trains if it ends below ``learned`` of its first loss, that of f = 0. A network that died and answers a
+    constant keeps 0.9 of it where there are ten classes. The edge is known within half of ``tolerance``, in decades.
+    """
 
     recipe: Recipe
     gamma: float
     seed: int
     low: float
     high: float
+    learned: float = 0.8
+    tolerance: float = 0.05
 
 
-STEP, TOLERANCE = 0.4, 0.05  # decades: first down from the top, then by halves
-LEARNED = 0.8  # of the first loss, that of f = 0; a network that died and answers a constant keeps 0.9 or more
+STEP = 0.4  # decades: first down from the top, then by halves
 
 
 def run_all(jobs: Iterable[Job], cores: int | None = None) -> list[RunRecord]:
@@ -51,25 +57,47 @@ def run_all(jobs: Iterable[Job], cores: int | None = None) -> list[RunRecord]:
     return on_all_cores(_run, list(jobs), cores)
 
 
-def stable_edges(jobs: Iterable[EdgeJob], cores: int | None = None) -> list[float]:
-    """log₁₀ η of each job's stable edge; see :func:`stable_edge`."""
-    return on_all_cores(stable_edge, list(jobs), cores)
+def stable_edges(
+    jobs: Iterable[EdgeJob], cores: int | None = None, on_done: Callable[[int, float], object] | None = None
+) -> list[float]:
+    """log₁₀ η of each job's stable edge; see :func:`stable_edge`.
+
+    ``on_done`` is called with a job's number and its edge as soon as that is known, in any order.
+    """
+    return on_all_cores(stable_edge, list(jobs), cores, on_done)
 
 
-def on_all_cores(function: Callable[[Task], Result], tasks: Sequence[Task], cores: int | None) -> list[Result]:
-    """``function`` of each task, one thread each; in order."""
+def on_all_cores(
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    cores: int | None,
+    on_done: Callable[[int, Result], object] | None = None,
+) -> list[Result]:
+    """``function`` of each task, one thread each, in order; ``on_done`` is told each result and its number at once."""
+    results: dict[int, Result] = {}
+
+    def keep(number: int, result: Result) -> None:
+        results[number] = result
+        if on_done is not None:
+            on_done(number, result)
+
     cores = cores or len(os.sched_getaffinity(0))
     if cores == 1:  # in this process: starting one costs seconds
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return [function(task) for task in tasks]
+            for number, task in enumerate(tasks):
+                keep(number, function(task))
         finally:
             torch.set_num_threads(threads)
-    with ProcessPoolExecutor(
-        cores, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        return list(pool.map(function, tasks))
+    else:
+        with ProcessPoolExecutor(
+            cores, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
+            numbers = {pool.submit(function, task): number for number, task in enumerate(tasks)}
+            for future in as_completed(numbers):
+                keep(numbers[future], future.result())
+    return [results[number] for number in range(len(tasks))]
 
 
 def _run(job: Job) -> RunRecord:
@@ -77,20 +105,24 @@ def _run(job: Job) -> RunRecord:
 
 
 def stable_edge(job: EdgeJob) -> float:
-    """log₁₀ of the largest effective rate η that trains, within half of ``TOLERANCE``.
+    """log₁₀ of the largest effective rate η that trains, within half of the job's tolerance.
 
-    A run trains if it does not diverge and ends below ``LEARNED`` of its first loss. The search comes from above: far
+    A run trains if it does not diverge and has learned, see :class:`EdgeJob`. The search comes from above: far
     below the edge a run at large γ is still on its plateau and does not train either.
 
     Raises:
         ValueError: if the edge is not between ``low`` and ``high``.
     """
     learned: dict[float, float] = {}
+    recipe = job.recipe
+    batches = Batches(
+        recipe.stream, job.seed, recipe.steps, recipe.batch_size, recipe.device
+    )  # made once for all rates
 
     def trains(c: float) -> bool:
-        record = train(job.recipe, gamma=job.gamma, lr=10**c, seed=job.seed)
+        record = train(recipe, gamma=job.gamma, lr=10**c, seed=job.seed, batches=batches)
         learned[c] = math.log10(record.effective_lr)
-        return record.final_loss is not None and record.final_loss < LEARNED * record.curve.loss[0]
+        return record.final_loss is not None and record.final_loss < job.learned * record.curve.loss[0]
 
     high = job.high
     if trains(high):
@@ -101,7 +133,7 @@ def stable_edge(job: EdgeJob) -> float:
             raise ValueError(
                 f"γ = {job.gamma:g} trains at no rate down to c = 10^{high:.2f}; lower it, or give more steps"
             )
-    while high - low > TOLERANCE:
+    while high - low > job.tolerance:
         middle = (low + high) / 2
         low, high = (middle, high) if trains(middle) else (low, middle)
     return (learned[low] + learned[high]) / 2

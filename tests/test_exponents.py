@@ -7,8 +7,9 @@ import math
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
+import architectures
 import depth
 import knee
 import numpy as np
@@ -52,6 +53,40 @@ def test_smoke_preset_runs_and_leaves_its_result(
     assert len(lines) == len(rows) > 0
 
 
+def test_smoke_preset_of_architectures_goes_on_from_the_edges_that_are_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("skimage")
+    preset = architectures.PRESETS["smoke"]
+    (case,) = preset.cases
+    # 10 and 30 are there, exactly on the law's line through 1 at η = 1; the last line was cut off.
+    law, lines = EtaLaw(3), []
+    for gamma in preset.gammas[1:]:
+        lines.append(json.dumps([architectures.name_of(case, gamma, 0), math.log10(law.factor(gamma))]))
+    (tmp_path / "smoke.edges.jsonl").write_text("\n".join([*lines, '["CNN", 1.']) + "\n", encoding="utf-8")
+    searched: list[float] = []
+    search = architectures.stable_edges
+
+    def counted(jobs: list[EdgeJob], *rest: Any) -> list[float]:
+        searched.extend(job.gamma for job in jobs)
+        return search(jobs, *rest)
+
+    monkeypatch.setattr(architectures, "stable_edges", counted)
+    architectures.main(["--preset", "smoke", "--results", str(tmp_path)])
+    assert searched == [1.0]
+    (row,) = json.loads((tmp_path / "smoke.json").read_text(encoding="utf-8"))["rows"]
+    assert row["depth"] == pytest.approx(3.0, abs=1e-3)
+    assert row["predicted"] == pytest.approx(2 / 3, abs=1e-3)
+    edges = [edge for own in row["log10_edges"] for edge in own]
+    assert row["measured"] == pytest.approx(slope([0.0, 1.0, math.log10(30)], edges)[0], abs=1e-3)
+    low, high = row["interval"]
+    assert low <= row["measured"] <= high
+    assert row["holds"] == (abs(row["measured"] - 2 / 3) <= 0.2)
+    assert (tmp_path / "smoke.png").stat().st_size > 5_000
+    assert not (tmp_path / "smoke.edges.jsonl").exists()
+    assert capsys.readouterr().out.count("\n") == 3
+
+
 def test_bend_of_an_exact_edge_is_its_knee() -> None:
     x = [-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0]
     law = EtaLaw(3, knee=5.0)
@@ -81,6 +116,14 @@ def test_best_rate_of_a_pre_layer_norm_residual_network_has_the_exponent_of_its_
     row = residual.measure(residual.PRESETS["cpu"], 2)
     assert 1.8 < row["depth"] < 2.4  # however many layers: here five weights deep
     assert row["measured"] == pytest.approx(2 / row["depth"], abs=0.15)
+
+
+@pytest.mark.slow
+def test_edges_of_the_architectures_follow_their_effective_depth(tmp_path: Path) -> None:
+    architectures.main(["--preset", "cpu", "--results", str(tmp_path)])
+    rows = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))["rows"]
+    assert {row["network"] for row in rows} == {"CNN", "ResNet-18", "ViT"}
+    assert [row for row in rows if not row["holds"]] == []
 
 
 @pytest.mark.slow

@@ -240,6 +240,17 @@ def test_cifar_10_and_mnist_come_through_torchvision_from_a_local_root(tmp_path:
         build_stream("cifar10", root=tmp_path / "nowhere")
 
 
+def test_pixels_are_the_batches_as_they_are_stored(tmp_path: Path) -> None:
+    stream = cifar5m(write_cifar(tmp_path), held_out=20)
+    for split in ("train", "held_out"):
+        pixels, labels = stream.pixels(3, 1, 4, 5, split)
+        images, targets = stream.batches(3, 1, 4, 5, split)
+        assert (pixels.shape, pixels.dtype) == ((3, 5, 32, 32, 3), torch.uint8)
+        assert torch.equal(labels, targets)
+        plain = (pixels.double() / 255 - stream._mean) / stream._std
+        torch.testing.assert_close(images.double(), plain.movedim(-1, -3), rtol=0, atol=1e-5)
+
+
 # Broken files
 
 
@@ -471,6 +482,20 @@ def test_a_batch_is_the_same_in_whatever_chunk_after_whatever_and_from_another_o
         assert same(cifar5m(folder).batches(4, start, stop, 5), expected)
     assert not same(stream.batches(5, 0, 1, 5), stream.batches(4, 0, 1, 5))
     assert same(stream.batches(5, 0, 1, 5, "held_out"), stream.batches(4, 0, 1, 5, "held_out"))
+
+
+def test_the_next_chunk_is_asked_of_the_disk_ahead(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = cifar5m(folder, held_out=20)
+    asked: list[list[int]] = []
+    monkeypatch.setattr("gammaopt.online.streams._stored._read_ahead", lambda _, index: asked.append(index.tolist()))
+    stream.batches(0, 0, 2, 7)
+    ahead = asked[2:]  # after those of the chunk itself, from either part
+    asked.clear()
+    stream.batches(0, 2, 4, 7)
+    assert ahead == asked[:2]
+    asked.clear()
+    stream.batches(0, 0, 20, 5)
+    assert len(asked) == 2, "nothing comes after the end of the pass"
 
 
 def test_blocks_give_whole_passes_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,9 @@ from numpy.polynomial import hermite_e
 from torch import Tensor
 
 from gammaopt import UsageError
-from gammaopt.online import Hermite, Parity, Staircase, Stream, Teacher, build_stream
+from gammaopt.online import Digits, Hermite, Parity, Photos, Staircase, Stream, Teacher, build_stream
 from gammaopt.online.streams import Split, _random
+from gammaopt.online.streams._order import Order
 
 MULTI = ((1,), (1, 1), (1, 0, 2))
 STREAMS_HERE: dict[str, Stream] = {
@@ -132,6 +133,18 @@ def test_the_first_numbers_are_pinned() -> None:
         -1,
     ]
     assert Hermite(2).batches(0, 0, 1, 1)[0].flatten().tolist() == [-0.4959801137447357, -1.2705579996109009]
+
+
+def test_real_images_come_in_the_same_order_and_place_on_every_machine() -> None:
+    digits, labels = Digits().batches(7, 3, 4, 8)
+    assert labels[0].tolist() == [1, 2, 6, 4, 6, 0, 4, 7]
+    assert digits[0, :4].flatten(1)[:, 77].tolist() == pytest.approx([2.7969, 0.7133, 3.0225, 1.8794], abs=1e-3)
+    windows, photographs = Photos().windows(7, 3, 4, 2)
+    assert windows[0, 0].tolist() == pytest.approx([109.99769, 2448.7505, -62.72487, 2357.0], abs=1e-3)
+    assert photographs.tolist() == [[7, 7]]
+    assert Order(1000, 100).at(np.arange(6), 5).tolist() == [780, 969, 765, 651, 884, 652]
+    assert Order(1000, 100).held(np.arange(4)).tolist() == [768, 814, 85, 975]
+    assert Order(100_000, 1000, 16).at(np.arange(6), 5).tolist() == [67793, 4648, 4643, 24192, 32457, 50376]
 
 
 @pytest.mark.parametrize(("bits", "degree"), [(20, 3), (4, 4), (5, 1)])

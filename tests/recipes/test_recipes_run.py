@@ -31,6 +31,7 @@ CASES: dict[str, tuple[str, float, tuple[str, ...]]] = {
     "gamma_study": ("--steps 60 --trials 4 --fresh 2", 3, ("optuna",)),
     "param_groups": ("--steps 60 --width 64", 20, ("schedulefree",)),
     "param_groups muon": ("--optimizer muon --steps 60 --width 64", 20, ()),
+    "mnist1m_generator": ("--steps 60 --images 40 --sampling-steps 8", 40, ()),
     "language_model": ("--steps 60 --gammas 1 --factors 1 --width 16 --layers 1", 1, ()),
 }
 

@@ -4,7 +4,7 @@ r"""Streams of images that are there already: one pass in a random order, and a 
 
 Sample i of step t of a seed is image π_seed(t·size + i) of the training part, π_seed a permutation that is evaluated
 and not kept (:mod:`gammaopt.online.streams._order`), so a batch depends on (seed, step, size) alone and none comes
-twice. Files are mapped; the operating system is told ahead which bytes a chunk of batches needs.
+twice. Files are mapped; the operating system is told ahead which bytes a chunk of batches needs, and the next one.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ SCATTERED = 2**30  # bytes: up to here any image may follow any; beyond, blocks 
 BLOCK = 128  # neighbours on disk that are read together
 STATISTICS = 4096  # images from which mean and standard deviation are taken
 READ_AHEAD = 2**20  # bytes between two pieces that are asked for as one
+SLICE = 128  # images copied or normalised together: as many as a processor's cache holds
 
 
 class Stored(Generated, Finite):
@@ -119,31 +120,54 @@ class Stored(Generated, Finite):
         Raises:
             UsageError: for a step after the last whole batch of the pass.
         """
+        pixels, labels = self.pixels(seed, start, stop, size, split)
+        return self._normalised(pixels.flatten(0, 1)).view(stop - start, size, *self.shape), labels
+
+    def pixels(self, seed: int, start: int, stop: int, size: int, split: Split = "train") -> tuple[Tensor, Tensor]:
+        """The same batches as they are stored: images (steps, size, height, width[, channels]) uint8, on the device.
+
+        Args:
+            seed, start, stop, size, split: as for :meth:`batches`.
+
+        Raises:
+            UsageError: for a step after the last whole batch of the pass.
+        """
         places = np.arange(start * size, stop * size)
         if split == "train":
             self.check(stop, size)
             index = self._order.at(places, seed)
-            pixels, labels = self._pixels(index), self._labels[torch.from_numpy(index)]
+            images, labels = self._pixels(index), self._labels[torch.from_numpy(index)]
+            self._announce(places[-1] + 1, len(places), seed)
         elif self._held is None:
             index = self._order.held(places)
-            pixels, labels = self._pixels(index), self._labels[torch.from_numpy(index)]
+            images, labels = self._pixels(index), self._labels[torch.from_numpy(index)]
         else:
-            images, held_labels = self._held
-            index = permute(places % len(images), len(images), 0)
-            pixels = self._upload(_gather(images, index))
+            held_images, held_labels = self._held
+            index = permute(places % len(held_images), len(held_images), 0)
+            images = self._upload(_gather([held_images], np.zeros_like(index), index))
             labels = torch.from_numpy(held_labels[index])
-        images_float = self._normalised(pixels)
-        return (
-            images_float.view(stop - start, size, *self.shape),
-            labels.to(self.device).view(stop - start, size),
-        )
+        return images.unflatten(0, (stop - start, size)), labels.to(self.device).view(stop - start, size)
+
+    def _announce(self, place: int, count: int, seed: int) -> None:
+        """Have the next images of a pass read while the caller works on these."""
+        if place < self.train_samples and any(isinstance(part, np.memmap) for part in self._images):
+            index = self._order.at(np.arange(place, min(place + count, self.train_samples)), seed)
+            part, index = self._split(np.sort(index[index >= len(self._kept)]))
+            for i in np.unique(part):
+                _read_ahead(self._images[i], index[part == i])
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         """(n, height, width[, channels]) uint8 → (n, channels, height, width) float32."""
         pixels = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
         scale, shift = 1 / (255 * self._std), -self._mean / self._std
-        made = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-        return made.mul_(scale.to(self.device)[:, None, None]).add_(shift.to(self.device)[:, None, None])
+        scale, shift = scale.to(self.device)[:, None, None], shift.to(self.device)[:, None, None]
+        if self.device.type != "cpu":
+            return pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(scale).add_(shift)
+        # Fresh memory costs more than the arithmetic; numpy asks the system for it in large pages.
+        made = torch.from_numpy(np.empty((len(pixels), *self.shape), np.float32))
+        for some, out in zip(pixels.split(SLICE), made.split(SLICE), strict=True):
+            out.copy_(some).mul_(scale).add_(shift)
+        return made
 
     def _pixels(self, index: Indices) -> Tensor:
         """The images of those indices, on the device, uint8."""
@@ -161,13 +185,13 @@ class Stored(Generated, Finite):
         return torch.from_numpy(pixels).to(self.device)
 
     def _read(self, index: Indices) -> Array:
-        """The images of those indices, from the arrays, in the order in which they lie there."""
-        made = np.empty((len(index), *self._images[0].shape[1:]), np.uint8)
+        """The images of those indices, from the arrays."""
+        return _gather(self._images, *self._split(index))
+
+    def _split(self, index: Indices) -> tuple[Indices, Indices]:
+        """Which array each image is in, and its index there."""
         part = np.searchsorted(self._begin, index, side="right") - 1
-        for i in np.unique(part):
-            here = np.flatnonzero(part == i)
-            made[here] = _gather(self._images[i], index[here] - self._begin[i])
-        return made
+        return part, index - self._begin[part]
 
     def _keep(self) -> Tensor:
         """The first images that ``resident`` bytes hold, on the device."""
@@ -208,11 +232,17 @@ def _found_again(images: Array | _Place) -> Array:
     return images
 
 
-def _gather(images: Array, index: Indices) -> Array:
-    order = np.argsort(index, kind="stable")
-    _read_ahead(images, index[order])
-    made = np.empty((len(index), *images.shape[1:]), np.uint8)
-    made[order] = images[index[order]]
+def _gather(images: Sequence[Array], part: Indices, index: Indices) -> Array:
+    """Images ``index`` of arrays ``part``, copied in the order in which they lie there."""
+    made = np.empty((len(index), *images[0].shape[1:]), np.uint8)
+    for i in np.unique(part):
+        here = np.flatnonzero(part == i)
+        here = here[np.argsort(index[here], kind="stable")]
+        _read_ahead(images[i], index[here])
+        plain = np.asarray(images[i])  # indexing a memmap makes another one each time
+        for start in range(0, len(here), SLICE):
+            some = here[start : start + SLICE]
+            made[some] = plain[index[some]]
     return made
 
 

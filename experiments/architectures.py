@@ -1,0 +1,206 @@
+"""The exponent of the stable edge of the paper's architectures on photographs: predicted 2/L_eff for SGD, γ ≥ 1.
+
+    python experiments/architectures.py --preset cpu
+
+CNN, ResNet-18 (batch norm) and ViT (pre-LayerNorm), small, in mean-field form, on the stream ``photos``: MSE, one pass.
+At each γ the largest rate that trains is found by bisection: it ends with less loss than a constant answer has. The
+exponent is the slope of its logarithm in log γ, with a 95 % interval over γ and seeds. L_eff is what
+gammaopt.effective_depth measures at initialisation. The CNN is homogeneous, so there theory speaks: 2/L_eff = 2/depth.
+A normalised network is not, and its row says how far the law goes with the L_eff that ``wrap`` measures. Edges are kept
+in PRESET.edges.jsonl until all are there, so a killed run goes on.
+Writes results/architectures/PRESET.json and .png and prints predicted | measured | interval | holds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from _sweep import EdgeJob, parser, slope, stable_edges, write
+from matplotlib.figure import Figure
+from scipy.stats import t as student
+from torch import nn
+
+from gammaopt import EtaLaw, effective_depth, wrap
+from gammaopt.online import Photos, Recipe, build_model
+
+TOLERANCE = 0.2
+STREAM = Photos(scale=(1.0, 1.25), colour=0.1, brightness=0.05, noise=0.03)  # easy: a few hundred steps learn it
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network; its edges are looked for between two decades of c = η/s(γ)."""
+
+    title: str
+    model: str
+    knobs: tuple[tuple[str, int], ...]
+    rates: tuple[float, float]
+    steps: int
+    batch_size: int
+    normalised: bool
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much to run."""
+
+    cases: tuple[Case, ...]
+    gammas: tuple[float, ...] = (1.0, 30.0, 1000.0)
+    seeds: int = 2
+    tolerance: float = 0.1  # decades
+    learned: float = 0.88  # of the loss of f = 0; the best constant answer to ten classes has 0.9
+    cores: int | None = None
+
+
+PRESETS = {
+    "smoke": Preset(
+        cases=(Case("CNN", "cnn", (("width", 4), ("depth", 3)), (-1.0, 1.2), 20, 8, False),),
+        gammas=(1.0, 10.0, 30.0),
+        seeds=1,
+        tolerance=0.4,
+        learned=1.0,  # a few steps tell nothing but a divergence
+        cores=1,
+    ),
+    "cpu": Preset(
+        cases=(
+            Case("CNN", "cnn", (("width", 8), ("depth", 3)), (-1.0, 1.2), 300, 16, False),
+            Case("ViT", "vit", (("width", 32), ("depth", 2), ("patch", 8)), (-1.0, 1.2), 300, 16, True),
+            Case("ResNet-18", "resnet18", (("width", 4), ("depth", 2)), (-1.0, 1.2), 150, 16, True),
+        ),
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser(__doc__, "architectures", PRESETS).parse_args(arguments)
+    preset = PRESETS[options.preset]
+    kept = options.results / f"{options.preset}.edges.jsonl"
+    rows = measure(preset, kept)
+    path = write(options.results, options.preset, {"rows": rows})
+    kept.unlink()
+    picture(rows).savefig(path.with_suffix(".png"), dpi=110)
+    print("| network | theory | L_eff | predicted | measured | interval (95 %) | holds |\n" + "|---" * 7 + "|")
+    for row in rows:
+        low, high = row["interval"]
+        print(
+            f"| {row['network']} | {'none' if row['normalised'] else 'homogeneous'} | {row['depth']:.2f} "
+            f"| {row['predicted']:.2f} ± {TOLERANCE:g} | {row['measured']:.2f} | {low:.2f} … {high:.2f} "
+            f"| {'yes' if row['holds'] else 'no'} |"
+        )
+
+
+def measure(preset: Preset, kept: Path) -> list[dict[str, Any]]:
+    """Effective depths, stable edges over γ and seeds, and their slopes: one row for each network."""
+    depths = {case: mean_depth(case, preset.seeds) for case in preset.cases}
+    jobs = {
+        name_of(case, gamma, seed): edge_job(preset, case, depths[case], gamma, seed)
+        for seed in range(preset.seeds)
+        for case in preset.cases
+        for gamma in preset.gammas
+    }
+    missing = [name for name in jobs if name not in read(kept)]
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with open(kept, "a", encoding="utf-8") as file:
+
+        def keep(number: int, edge: float) -> None:
+            file.write(json.dumps([missing[number], edge]) + "\n")
+            file.flush()
+
+        stable_edges([jobs[name] for name in missing], preset.cores, keep)
+    edges = read(kept)
+    rows = []
+    for case in preset.cases:
+        found = [[edges[name_of(case, gamma, s)] for s in range(preset.seeds)] for gamma in preset.gammas]
+        rows.append(row(case, depths[case], preset.gammas, found))
+    return rows
+
+
+def name_of(case: Case, gamma: float, seed: int) -> str:
+    """What an edge is kept under: all that it depends on in a preset."""
+    return json.dumps([*vars(case).values(), gamma, seed])
+
+
+def edge_job(preset: Preset, case: Case, depth: float, gamma: float, seed: int) -> EdgeJob:
+    """The search for one edge."""
+    build = partial(build_model, case.model, STREAM.shape, STREAM.classes, **dict(case.knobs))
+    recipe = Recipe(build, STREAM, "mse", "sgd", case.steps, case.batch_size, depth=depth)
+    return EdgeJob(recipe, gamma, seed, *case.rates, preset.learned, preset.tolerance)
+
+
+def read(kept: Path) -> dict[str, float]:
+    """The edges that are known; a last line that was cut off by a kill is none."""
+    edges = {}
+    for line in kept.read_text(encoding="utf-8").splitlines() if kept.exists() else ():
+        try:
+            name, edge = json.loads(line)
+        except ValueError:
+            continue
+        edges[name] = edge
+    return edges
+
+
+def mean_depth(case: Case, seeds: int) -> float:
+    """L_eff in mean-field form, over the runs' networks, on 128 crops each."""
+    total = 0.0
+    for seed in range(seeds):
+        net: nn.Module = build_model(case.model, STREAM.shape, STREAM.classes, **dict(case.knobs))
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            wrap(net, 1.0, depth=1.0, parametrization="mean_field")
+        total += effective_depth(net, STREAM.batches(seed, 0, 1, 128)[0][0])
+    return total / seeds
+
+
+def row(case: Case, depth: float, gammas: Sequence[float], edges: list[list[float]]) -> dict[str, Any]:
+    """One network's exponent, its interval by Student's t, and whether it is within the tolerance of 2/L_eff."""
+    points = [(math.log10(gamma), edge) for gamma, own in zip(gammas, edges, strict=True) for edge in own]
+    measured, error = slope([x for x, _ in points], [y for _, y in points])
+    wide = float(student.ppf(0.975, len(points) - 2)) * error
+    predicted = EtaLaw(depth).rich
+    return {
+        "network": case.title,
+        "knobs": dict(case.knobs),
+        "steps": case.steps,
+        "batch_size": case.batch_size,
+        "normalised": case.normalised,
+        "depth": round(depth, 4),
+        "gammas": list(gammas),
+        "log10_edges": [[round(edge, 3) for edge in own] for own in edges],
+        "predicted": round(predicted, 4),
+        "measured": round(measured, 4),
+        "interval": [round(measured - wide, 4), round(measured + wide, 4)],
+        "holds": abs(measured - predicted) <= TOLERANCE,
+    }
+
+
+def picture(rows: list[dict[str, Any]]) -> Figure:
+    """Stable edge against γ, a point for each seed, with the predicted line through their mean."""
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    for entry in rows:
+        xs = [gamma for gamma, own in zip(entry["gammas"], entry["log10_edges"], strict=True) for _ in own]
+        ys = [edge for own in entry["log10_edges"] for edge in own]
+        label = f"{entry['network']}, L_eff = {entry['depth']:.2f}: measured {entry['measured']:.2f}"
+        (points,) = axes.plot(xs, [10**y for y in ys], "o", label=label)
+        level = sum(ys) / len(ys) - entry["predicted"] * sum(map(math.log10, xs)) / len(xs)
+        line = [10 ** (level + entry["predicted"] * math.log10(gamma)) for gamma in entry["gammas"]]
+        told = f"2/L_eff = {entry['predicted']:.2f}, predicted"
+        axes.plot(entry["gammas"], line, color=points.get_color(), linewidth=1, label=told)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("feature-learning strength γ")
+    axes.set_ylabel("largest rate η that trains")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    main()

@@ -32,8 +32,10 @@ from gammaopt import SGD, EtaLaw
 from gammaopt.diagnostics import Measurement, Monitor, dynamics
 from gammaopt.diagnostics._monitor import EDGE
 from gammaopt.online import MLP, Recipe, RunRecord, Staircase
+from gammaopt.online._device import seeded
+from gammaopt.online._losses import CRITERIA
 from gammaopt.online.record import six_digits
-from gammaopt.online.train import CRITERIA, fresh_model, seeded
+from gammaopt.online.train import fresh_model
 from gammaopt.report import draw_alignment, draw_edge
 
 STREAM = Staircase(bits=16, terms=3)

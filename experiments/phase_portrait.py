@@ -87,7 +87,7 @@ CPU = (
     LOWER,
 )
 PRESETS = {
-    "smoke": (replace(SGD, gammas=(1.0, 30.0, 4), rates=(2.0, 1000.0, 9), budgets=(60,), seeds=2),),
+    "smoke": (replace(SGD, gammas=(1.0, 100.0, 5), rates=(2.0, 1000.0, 9), budgets=(60,), seeds=2),),
     "cpu": CPU,
     "gpu": tuple(
         replace(case, seeds=8, budgets=tuple(3 * budget for budget in case.budgets), rates=(*case.rates[:2], 41))

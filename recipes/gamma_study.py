@@ -1,22 +1,21 @@
-"""A γ study around your own training function: Optuna tunes γ and the rate, fresh seeds tell whether it was worth it.
+"""A γ study around your own training function: tuned fairly, confirmed on fresh seeds, resumable, with a report.
 
-    python recipes/gamma_study.py                    # smoke preset: 2 × 12 trials and 2 × 6 fresh seeds on digits, CPU
-    python recipes/gamma_study.py --trials 64 --fresh 12 --steps 1000
+    python recipes/gamma_study.py                    # smoke preset: 2 × 12 trials and 6 fresh seeds on digits, CPU
+    python recipes/gamma_study.py --trials 64 --fresh 12 --steps 1000 --out runs/mine
     python recipes/gamma_study.py --width 1024 --steps 20000 --trials 64 --device cuda
+    gammaopt confirm runs/gamma_study --seeds 20 --objective recipes/gamma_study.py:train
 
-What it shows: `train` is any function of (γ, lr, seed) that returns a score. Both arms get the same number of trials:
-one searches log γ and log lr, the other log lr at γ = 1. Since `lr` is the rate at γ = 1 and the law scales it, one
-range of lr serves every γ; in raw rates the good ones would lie on a ridge across decades. The best of each arm is
-then trained on seeds that neither has seen, and compared in pairs.
+What it shows: `train` is any function of a trial, which brings γ, rate, seed and settings; `gammaopt.tuning.study` does
+the rest. One arm searches γ and the rate, the other the rate at γ = 1, both with the same number of trials and the same
+seeds; the best of each is then trained on seeds that neither has seen, and compared in pairs. Kill it and start it
+again: it goes on, and trains no finished run again. What decides a number and is not the study's goes into `settings`.
 What to expect: online accuracy of the tuned γ 1 to 4 points above that of γ = 1, at a γ below 1: the runs are short.
-For the whole apparatus around a bundled task (resume, workers, report) see `gammaopt tune`.
 """
 
 from __future__ import annotations
 
 import argparse
 
-import optuna
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,78 +23,82 @@ from tqdm import tqdm
 
 import gammaopt
 from gammaopt.online import Digits
-from gammaopt.tuning import paired_t
+from gammaopt.tuning import ObjectiveTrial, Progress, study
+
+BATCH_SIZE = 32
+digits = Digits()
+
+
+def prepared(gamma: float, width: int, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(144, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, 10),
+    )
+    return gammaopt.wrap(net, gamma, depth=3, parametrization="mean_field", loss="cross_entropy")
+
+
+def train(trial: ObjectiveTrial) -> None:
+    """Your training function. Here the mean of the reports is the score: each batch scored before it is trained on."""
+    device = trial.settings["device"]
+    model = prepared(trial.gamma, trial.settings["width"], trial.seed).to(device)
+    optimizer = gammaopt.SGD(model.parameters(), lr=trial.lr)
+    batches = digits.batches(trial.seed, 0, trial.steps, BATCH_SIZE)
+    for step, (x, y) in enumerate(zip(*(part.to(device) for part in batches), strict=True)):
+        outputs = model(x)
+        loss = F.cross_entropy(outputs, y)
+        trial.report(step, (outputs.argmax(-1) == y).float().mean() if loss.isfinite() else loss)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=12, help="of each arm")
-    parser.add_argument("--fresh", type=int, default=6, help="seeds to confirm on, at least 2")
-    parser.add_argument("--gamma-range", type=float, nargs=2, default=(0.03, 30.0))
-    parser.add_argument("--lr-range", type=float, nargs=2, default=(0.1, 10.0), help="at γ = 1")
+    parser.add_argument("--fresh", type=int, default=6, help="seeds to confirm on, 10 or more for a result to show")
+    parser.add_argument("--gamma-range", type=float, nargs=2, help="by default what the steps can train")
+    parser.add_argument("--lr", type=float, default=2.0, help="about the best rate at γ = 1")
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="runs/gamma_study", help="folder of the study")
     args = parser.parse_args()
-    digits = Digits()
 
-    def prepared(gamma: float, seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        net = nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(144, args.width),
-            nn.ReLU(),
-            nn.Linear(args.width, args.width),
-            nn.ReLU(),
-            nn.Linear(args.width, 10),
+    with tqdm(desc="runs", unit="it") as bar:
+
+        def show(progress: Progress) -> None:
+            bar.total = progress.runs_total
+            bar.update(progress.runs - bar.n)
+
+        result = study(
+            train,
+            args.out,
+            law=gammaopt.EtaLaw(depth=3, optimizer="sgd", loss="cross_entropy"),
+            base_lr=args.lr,
+            steps=args.steps,
+            gamma_range=tuple(args.gamma_range) if args.gamma_range else None,
+            trials=args.trials,
+            seeds=1,
+            confirm_seeds=args.fresh,
+            seed=args.seed,
+            metric="online accuracy",
+            percent=True,
+            settings={"width": args.width, "device": args.device},
+            batch_size=BATCH_SIZE,
+            on_progress=show,
         )
-        model = gammaopt.wrap(net, gamma, depth=3, parametrization="mean_field", loss="cross_entropy")
-        return model.to(args.device)
 
-    def train(gamma: float, lr: float, seed: int) -> float:
-        """Your training function. Here: online accuracy, each batch scored before the step that trains on it."""
-        model = prepared(gamma, seed)
-        optimizer = gammaopt.SGD(model.parameters(), lr=lr)
-        inputs, targets = (part.to(args.device) for part in digits.batches(seed, 0, args.steps, args.batch_size))
-        right = torch.zeros((), device=args.device)
-        for x, y in zip(inputs, targets, strict=True):
-            outputs = model(x)
-            optimizer.zero_grad()
-            F.cross_entropy(outputs, y).backward()
-            optimizer.step()
-            right += (outputs.argmax(-1) == y).sum()
-        progress.update()
-        return right.item() / targets.numel()
-
-    def search(gammas: tuple[float, float] | None) -> tuple[float, float]:
-        """The best (γ, lr) of one arm."""
-
-        def objective(trial: optuna.Trial) -> float:
-            gamma = trial.suggest_float("gamma", *gammas, log=True) if gammas else 1.0
-            return train(gamma, trial.suggest_float("lr", *args.lr_range, log=True), args.seed)
-
-        sampler = optuna.samplers.TPESampler(seed=args.seed, multivariate=True, n_startup_trials=args.trials // 2)
-        study = optuna.create_study(direction="maximize", sampler=sampler)
-        study.optimize(objective, n_trials=args.trials)
-        return study.best_params.get("gamma", 1.0), study.best_params["lr"]
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    fresh = range(args.seed + 1, args.seed + 1 + args.fresh)
-    with tqdm(total=2 * args.trials + 2 * args.fresh, desc="runs") as progress:
-        arms = {"tuned γ": search(tuple(args.gamma_range)), "γ = 1": search(None)}
-        scores = {name: [train(*cell, seed) for seed in fresh] for name, cell in arms.items()}
-
-    gamma, lr = arms["tuned γ"]
-    print(prepared(gamma, args.seed).gammaopt.table(lr))
-    for name, cell in arms.items():
-        mean = sum(scores[name]) / args.fresh
-        print(f"{name:<8}  γ = {cell[0]:<8.3g} lr = {cell[1]:<8.3g} online accuracy {100 * mean:.1f} % on fresh seeds")
-    result = paired_t("online accuracy", list(fresh), scores["tuned γ"], scores["γ = 1"])
-    low, high = (100 * end for end in result.ci95)
-    print(f"difference {100 * result.mean_difference:+.2f} points (95 %: {low:+.2f} … {high:+.2f}): {result.verdict}")
-    print(f"online accuracy {100 * sum(scores['tuned γ']) / args.fresh:.1f} % at γ = {gamma:.3g} (chance 10.0 %)")
+    tuned = result.arms["tuned"]
+    print(prepared(tuned.gamma, args.width, args.seed).gammaopt.table(tuned.lr))
+    print(result.in_words())
+    print(f"Report: {args.out}/report.html")
+    print(f"online accuracy {100 * tuned.confirmed_score:.1f} % at γ = {tuned.gamma:.3g} (chance 10.0 %)")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 import pytest
 
+from gammaopt._progress import range_line
 from gammaopt.cli import main
+from gammaopt.tuning import StudyPlan
 
 TINY = ["--steps", "20", "--trials", "4", "--seeds", "1", "--confirm-seeds", "2", "--jobs", "1"]
 
@@ -64,6 +66,28 @@ def test_json_is_all_of_stdout_and_is_result_json(finished: tuple[Path, subproce
     assert json.loads(done.stdout) == json.loads((out / "result.json").read_text())
     assert "100 % · confirming" in done.stderr
     assert f"Report: {out / 'report.html'}" in done.stderr
+
+
+def test_the_printed_range_is_what_the_budget_can_train() -> None:
+    """γ_max = (T/10/T₁)^(L/(L−2)) with L = 3: (100/25)³ under cross-entropy, (100/11)³ under MSE, (200/25)³."""
+    for plan, high in {
+        StudyPlan("digits"): "64",
+        StudyPlan("digits", "mse"): "751.3",
+        StudyPlan("digits", steps=2000): "512",
+    }.items():
+        line = f"γ from 0.01 to {high}: what {plan.steps:,} steps can train; --gamma-range sets it"
+        assert range_line(plan) == line
+
+
+def test_a_given_range_is_the_one_searched_and_none_is_printed(here: Callable[..., Done], tmp_path: Path) -> None:
+    out = tmp_path / "given"
+    done = here("tune", "digits", *TINY, "--steps", 3, "--sampler", "gp", "--gamma-range", 0.5, 2, "--out", out)
+    assert done.returncode == 0
+    assert "γ from" not in done.stderr
+    gammas = {json.loads(line)["gamma"] for line in (out / "runs.jsonl").read_text().splitlines()}
+    assert len(gammas) > 3
+    assert all(0.5 <= gamma <= 2.0 for gamma in gammas)
+    assert json.loads((out / "study.json").read_text())["plan"]["sampler"] == "gp"
 
 
 def test_finished_study_says_so_and_only_its_report_is_written(

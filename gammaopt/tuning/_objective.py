@@ -268,7 +268,7 @@ def check_objective(objective: object) -> None:
         return
     except TypeError:
         raise UsageError(
-            f"objective={name}{inspect.signature(objective)} can't be called with a trial; "
+            f"objective={name}({', '.join(inspect.signature(objective).parameters)}) can't be called with a trial; "
             f"give a function of one argument, as {name}(trial)"
         ) from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import copy
 import math
-from typing import Any
+from typing import Any, SupportsFloat
 
 from gammaopt._errors import UsageError, at_least
 from gammaopt.online.record import log_spaced, six_digits
@@ -42,14 +42,14 @@ class ObjectiveTrial:
         self._sum, self._count = 0.0, 0
         self._diverged_at: int | None = None
 
-    def report(self, step: int, value: float) -> None:
+    def report(self, step: int, value: SupportsFloat) -> None:
         """Tell how the run does on its way: for its curve, and as its score if the function returns none.
 
         May be called as often as every step; means between log-spaced steps are kept, at most 40 of them.
 
         Args:
             step: optimizer steps so far, from 0 or 1 to ``steps``; higher each time.
-            value: e.g. the accuracy on this batch before the step that trains on it.
+            value: a number or a tensor of one, e.g. the accuracy on this batch before the step that trains on it.
 
         Raises:
             DivergedError: if the value is NaN or infinite. Let it through: the run ends there.

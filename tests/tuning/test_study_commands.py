@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 import shutil
@@ -208,4 +209,32 @@ def test_optuna_dashboard_shows_the_arms_in_the_laws_coordinates(study: Study) -
         for trial in detail["trials"]:
             assert {param["name"] for param in trial["params"]} == wanted
             assert {"gamma", "lr", "effective_lr", "scores"} <= {attr["key"] for attr in trial["user_attrs"]}
+            reported = trial["intermediate_values"]
+            assert len(reported) <= 40
+            assert trial["state"] == "Complete"
+            if not any(attr["key"] == "diverged_seeds" and attr["value"] != "[]" for attr in trial["user_attrs"]):
+                assert reported[-1]["step"] == PLAN.steps
+                assert 0 <= reported[-1]["value"] <= 1
     storage.engine.dispose()
+
+
+def test_optunas_own_plots_show_history_plane_and_runs_in_time(study: Study) -> None:
+    import optuna
+
+    from gammaopt.tuning._search import experiments_allowed
+
+    plots: Any = importlib.import_module("optuna.visualization.matplotlib")
+    storage = f"sqlite:///{study.out / 'study.db'}"
+    (name,) = [name for name in optuna.get_all_study_names(storage) if name.endswith("/tuned")]
+    loaded = optuna.load_study(study_name=name, storage=storage)
+    with experiments_allowed():
+        history = plots.plot_optimization_history(loaded)
+        shown = sorted(float(y) for _, y in history.collections[0].get_offsets())
+        assert shown == pytest.approx(
+            sorted(t.score for t in study.result.trials if t.arm == "tuned" and not t.diverged)
+        )
+        slices = plots.plot_slice(loaded)
+        assert [axes.get_xlabel() for axes in slices] == ["log2_c", "log2_gamma"]
+        assert len(plots.plot_intermediate_values(loaded).lines) == PLAN.trials
+        contour = plots.plot_contour(loaded, params=["log2_gamma", "log2_c"])
+        assert (contour.get_xlabel(), contour.get_ylabel()) == ("log2_c", "log2_gamma")

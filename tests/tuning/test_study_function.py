@@ -1,0 +1,454 @@
+"""``study``: a user's own training function gets the whole apparatus, and every mistake in it is told in one line."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+import math
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import gammaopt
+import gammaopt.report
+from gammaopt import EtaLaw, UsageError
+from gammaopt.cli import main
+from gammaopt.tuning import ObjectiveTrial, TuneResult, confirm, study, tune
+from gammaopt.tuning._result import Trial
+from gammaopt.tuning._state import plan_from, read_folder
+from gammaopt.tuning._tune import RIVAL_OCTAVES, best_trial
+
+LAW = EtaLaw(depth=3, loss="cross_entropy")
+BEST_GAMMA, BEST_LR = 0.25, 0.7  # of the fake objective
+SMALL: dict[str, Any] = {"law": LAW, "base_lr": 0.5, "steps": 100, "trials": 4, "seeds": 1, "confirm_seeds": 2}
+
+
+def hill(trial: ObjectiveTrial) -> float:
+    """A known optimum, and luck that both arms share at a seed but for a little of their own."""
+    luck = math.sin(trial.seed) + 0.1 * math.sin(trial.seed + 100 * trial.lr)
+    return 0.9 + height(trial.gamma, trial.lr) + 0.01 * luck
+
+
+def height(gamma: float, lr: float) -> float:
+    return -0.01 * math.log2(gamma / BEST_GAMMA) ** 2 - 0.01 * math.log2(lr / BEST_LR) ** 2
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of a fake study's time."""
+    monkeypatch.setattr(gammaopt.report, "html_report", lambda result: result.in_words())
+
+
+class Study(NamedTuple):
+    out: Path
+    result: TuneResult
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """A study of ``hill``, run to its end. Not to be written to."""
+    out = tmp_path_factory.mktemp("studies") / "whole"
+    return Study(out, whole_study(hill, out, quiet=True))
+
+
+def whole_study(objective: Callable[[ObjectiveTrial], object], out: Path, **options: Any) -> TuneResult:
+    return study(
+        objective, out, law=LAW, base_lr=0.5, steps=100, trials=16, seeds=2, confirm_seeds=10, metric="accuracy",
+        percent=True, diverged_score=-9.0, batch_size=8, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def copied(whole: Study, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole.out, tmp_path / "copy"))
+
+
+def runs_of(out: Path) -> list[tuple[float, float, int]]:
+    lines = (out / "runs.jsonl").read_text().splitlines()
+    return [(run["gamma"], run["lr"], run["seed"]) for run in map(json.loads, lines)]
+
+
+def test_a_known_optimum_is_found_and_confirmed_against_gamma_one(whole: Study) -> None:
+    result, tuned, one = whole.result, whole.result.arms["tuned"], whole.result.arms["one_equal_budget"]
+    assert result.verdict == "confirmed"
+    assert abs(math.log2(tuned.gamma / BEST_GAMMA)) < 1.5
+    assert (one.gamma, one.trials, tuned.trials) == (1.0, 16, 16)
+    true = height(tuned.gamma, tuned.lr) - height(1.0, one.lr)
+    assert result.confirm.mean_difference == pytest.approx(true, abs=0.003)
+    assert result.confirm.seeds == tuple(result.plan.fresh_seeds)
+    assert len(result.confirm.seeds) == 10
+    assert max(result.confirm.p_value, result.confirm.wilcoxon_p, result.confirm.permutation_p) < 0.01
+    assert len(result.rivals) == len(RIVAL_OCTAVES)
+    assert result.spent["tuned"].samples == result.spent["one_equal_budget"].samples == 16 * 2 * 100 * 8
+
+
+def test_every_run_is_trained_once_and_both_arms_see_the_same_seeds(whole: Study) -> None:
+    runs = runs_of(whole.out)
+    assert len(set(runs)) == len(runs)
+    for arm in ("tuned", "one_equal_budget"):
+        for trial in (t for t in whole.result.trials if t.arm == arm):
+            assert {seed for g, lr, seed in runs if (g, lr) == (trial.gamma, trial.lr)} >= {0, 1}
+    assert {path.name for path in whole.out.iterdir()} == {
+        "lock", "report.html", "result.json", "runs.jsonl", "study.db", "study.json"
+    }  # fmt: skip
+
+
+def test_the_plan_is_frozen_in_folder_and_storage_and_is_read_back(whole: Study) -> None:
+    import optuna
+
+    plan = whole.result.plan
+    assert plan_from(json.loads((whole.out / "study.json").read_text())["plan"]) == plan
+    storage = f"sqlite:///{whole.out / 'study.db'}"
+    names = optuna.get_all_study_names(storage)
+    assert sorted(name.rpartition("/")[2] for name in names) == ["one_equal_budget", "tuned"]
+    for name in names:
+        attributes = optuna.load_study(study_name=name, storage=storage).user_attrs
+        assert attributes["plan"] == plan.to_dict()
+        assert attributes["budget"] == {"trials": 16, "seeds_per_trial": 2, "steps_per_run": 100}
+        assert {"grid_hash", "law_version", "versions", "git_commit", "fresh_seeds"} <= attributes.keys()
+
+
+def test_the_report_names_function_metric_budget_and_the_call_that_made_it(whole: Study) -> None:
+    page = (whole.out / "report.html").read_text()
+    assert "γ study: hill, cross entropy, sgd" in page
+    assert "points of accuracy" in page
+    assert "16 trials × 2 seeds × 100 steps = 2.56e+04 samples" in page
+    assert "gammaopt.tuning.study(hill, " in page
+    assert "reported nothing" in page  # and not that it diverged
+    call = whole.result.command.replace("&#x27;", "'")
+    again = eval(call, {"gammaopt": Recorder(), "hill": hill, "EtaLaw": EtaLaw})
+    assert again == {**SMALL, "trials": 16, "seeds": 2, "confirm_seeds": 10, "metric": "accuracy", "percent": True,
+                     "diverged_score": -9.0, "batch_size": 8, "gamma_range": [0.01, 10.0]}  # fmt: skip
+
+
+class Recorder:
+    """Stands for the package, and gives back the keyword arguments of a call of ``study``."""
+
+    @property
+    def tuning(self) -> Recorder:
+        return self
+
+    def study(self, *_: object, **options: object) -> dict[str, object]:
+        return options
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_finished_study_calls_the_function_no_more(whole: Study, copied: Path) -> None:
+    def hill(_: ObjectiveTrial) -> float:
+        pytest.fail("a finished run was trained again")
+
+    assert replace(whole_study(hill, copied, quiet=True), command=whole.result.command) == whole.result
+
+
+@pytest.mark.usefixtures("no_report")
+@pytest.mark.parametrize("run", [5, 70])  # in the search, and in the confirmation
+def test_an_error_in_the_function_names_the_cell_and_the_study_goes_on_after_it(
+    whole: Study, tmp_path: Path, run: int
+) -> None:
+    calls: list[tuple[float, float, int]] = []
+
+    def failing(trial: ObjectiveTrial) -> float:
+        calls.append((trial.gamma, trial.lr, trial.seed))
+        if len(calls) == run:
+            raise ZeroDivisionError("of the user's own")
+        return hill(trial)
+
+    failing.__name__ = "hill"
+    with pytest.raises(ZeroDivisionError, match="of the user's own") as caught:
+        whole_study(failing, tmp_path, quiet=True)
+    gamma, lr, seed = calls[-1]
+    (note,) = caught.value.__notes__
+    assert note.startswith(f"in the run γ = {gamma:.6g}, lr = {lr:.6g}, seed = {seed} of hill; ")
+    assert not (tmp_path / "result.json").exists()
+    assert runs_of(tmp_path) == calls[:-1]
+    whole_study(failing, tmp_path, quiet=True)
+    assert (tmp_path / "result.json").read_bytes() == (whole.out / "result.json").read_bytes()
+    assert calls[run - 1] == calls[run]  # the one that failed is the only one that ran twice
+    assert runs_of(tmp_path) == calls[: run - 1] + calls[run:] == runs_of(whole.out)
+
+
+KILLED = """
+    import os, signal, sys
+    import gammaopt
+    from gammaopt.tuning import study
+
+    def train(trial):
+        with open(sys.argv[2], "a") as log:
+            log.write(f"{trial.gamma!r} {trial.lr!r} {trial.seed}\\n")
+            runs = log.tell()
+        if "kill" in sys.argv and len(open(sys.argv[2]).readlines()) == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 1 - abs(trial.gamma - 0.3)
+
+    if __name__ == "__main__":
+        result = study(train, sys.argv[1], law=gammaopt.EtaLaw(depth=2), base_lr=1.0, steps=10, trials=4, seeds=2,
+                       confirm_seeds=2, quiet=True, diverged_score=-99)
+"""
+
+
+def test_a_study_killed_with_9_goes_on_and_trains_no_finished_run_again(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(textwrap.dedent(KILLED))
+    words = [sys.executable, "-W", "error", str(tmp_path / "script.py"), str(tmp_path / "out"), str(tmp_path / "log")]
+    assert subprocess.run([*words, "kill"], check=False).returncode == -9
+    assert len(runs_of(tmp_path / "out")) == 6
+    subprocess.run(words, check=True)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines[6] == lines[7]  # the one in work when it was killed
+    assert len(set(lines)) == len(lines) - 1 == len(runs_of(tmp_path / "out"))
+
+
+@pytest.mark.usefixtures("no_report")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base_lr": 0.7}, r"base_lr: 0.5 there, 0.7 here"),
+        ({"law": EtaLaw(depth=2, loss="cross_entropy")}, r"depth: 3 there, 2 here"),
+        ({"settings": {"width": 8}}, r"settings: \{\} there, \{'width': 8\} here"),
+        ({"metric": "reward"}, "metric: score there, reward here"),
+    ],
+)
+def test_another_setting_in_the_same_folder_is_refused_in_words(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    study(hill, tmp_path, **SMALL, diverged_score=-9, quiet=True)
+    before = (tmp_path / "runs.jsonl").read_bytes()
+    with pytest.raises(UsageError, match=message) as caught:
+        study(hill, tmp_path, **{**SMALL, **change}, diverged_score=-9, quiet=True)
+    assert str(caught.value).endswith("choose another folder with `out`")
+    assert (tmp_path / "runs.jsonl").read_bytes() == before
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_task_and_a_function_do_not_share_a_folder(whole: Study, copied: Path) -> None:
+    from gammaopt.tuning import StudyPlan
+
+    with pytest.raises(UsageError, match="holds a study of a function of its own; choose another folder with --out"):
+        tune(StudyPlan("digits", steps=3, trials=4, seeds=1, confirm_seeds=2), copied)
+    with pytest.raises(UsageError, match=r"objective: hill there, height here"):
+        study(functools.partial(height, lr=1.0), copied, **SMALL, quiet=True)
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_loss_is_minimised_and_a_positive_difference_is_an_improvement(tmp_path: Path) -> None:
+    import optuna
+
+    def loss(trial: ObjectiveTrial) -> float:
+        return 1.0 - hill(trial) if trial.lr < 8 else math.nan
+
+    options = {**SMALL, "trials": 16, "seeds": 2, "confirm_seeds": 10}
+    result = study(loss, tmp_path, **options, direction="minimize", metric="loss", diverged_score=10.0, quiet=True)
+    assert result.verdict == "confirmed"
+    assert result.confirm.mean_difference > 0.01
+    tuned = result.arms["tuned"]
+    assert tuned.confirmed_score < result.arms["one_equal_budget"].confirmed_score
+    assert tuned.score == min(t.score for t in result.trials if t.arm == "tuned" and not t.diverged)
+    assert tuned.diverged > 0
+    assert "in loss (lower is better: " in result.in_words()
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    for name in optuna.get_all_study_names(storage):
+        found = optuna.load_study(study_name=name, storage=storage)
+        assert found.direction.name == "MINIMIZE"
+        assert all(t.value == 10.0 for t in found.trials if len(t.user_attrs["diverged_seeds"]) == 2)
+
+
+def test_the_best_trial_of_a_minimised_score_is_its_lowest() -> None:
+    trials = [Trial("tuned", 1.0, 1.0, 1.0, score, score == 0.1) for score in (0.5, 0.1, 0.3)]
+    assert (best_trial(trials, "minimize").score, best_trial(trials, "maximize").score) == (0.3, 0.5)
+    assert best_trial(trials[1:2], "minimize").score == 0.1
+
+
+def test_the_figures_of_a_minimised_score_cut_off_the_high_ones(tmp_path: Path) -> None:
+    from gammaopt.report import gamma_curve, html_report, plane
+
+    def loss(trial: ObjectiveTrial) -> float:
+        return -height(trial.gamma, trial.lr) + 1e-3 * trial.seed % 1
+
+    result = study(
+        loss, tmp_path, **{**SMALL, "trials": 8}, direction="minimize", metric="loss", diverged_score=50.0, quiet=True
+    )
+    scores = sorted(t.score for t in result.trials)
+    (axes, *_) = gamma_curve(result).axes
+    low, high = axes.get_ylim()
+    assert low < scores[0] < high < scores[-1]
+    legend = axes.get_legend()
+    assert legend is not None
+    assert legend.get_title().get_text().endswith("trials lie above the frame")
+    colours = plane(result).axes[0].collections[0]
+    assert colours.get_cmap().name == "viridis_r"
+    assert "γ = 1 − tuned γ" in html_report(result)
+
+
+@pytest.mark.usefixtures("no_report")
+def test_an_optimum_at_the_edge_is_reported_as_range_too_small(tmp_path: Path) -> None:
+    def rising(trial: ObjectiveTrial) -> float:
+        return 10 + math.log2(trial.gamma) - 0.1 * math.log2(trial.lr) ** 2
+
+    options = {**SMALL, "trials": 24, "confirm_seeds": 10}
+    result = study(rising, tmp_path, **options, gamma_range=(0.1, 4.0), quiet=True)
+    assert result.verdict == "range too small"
+    assert result.in_words().startswith("Range too small: the best γ = ")
+    assert "widen `gamma_range`" in result.in_words()
+
+
+@pytest.mark.usefixtures("no_report")
+@pytest.mark.parametrize(
+    ("options", "low", "high"),
+    [
+        ({}, 0.01, 10.0),  # a tenth of 100 steps is shorter than the plateau: ten at least
+        ({"steps": 1000}, 0.01, 64.0),  # (100/25)^(3/(3−2))
+        ({"steps": 1000, "plateau_steps": 20.0}, 0.01, 125.0),
+        ({"steps": 100_000}, 0.01, 1000.0),
+    ],
+)
+def test_the_range_of_gamma_comes_from_the_steps_and_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any], low: float, high: float
+) -> None:
+    result = study(hill, tmp_path, **{**SMALL, **options}, diverged_score=-9)
+    assert result.plan.gamma_range == (low, high)
+    steps = f"{options.get('steps', 100):,}"
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first == f"γ from {low:g} to {high:g}: what {steps} steps can train; `gamma_range` sets it"
+    assert second.startswith("0 % · tuning γ · 0/8 trials")
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_given_range_is_used_and_not_printed_and_quiet_says_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = study(hill, tmp_path / "a", **SMALL, gamma_range=(0.5, 2.0), diverged_score=-9)
+    assert all(0.5 <= trial.gamma <= 2.0 for trial in result.trials)
+    assert "γ from" not in capsys.readouterr().err
+    study(hill, tmp_path / "b", **SMALL, diverged_score=-9, quiet=True)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("no_report")
+def test_the_gaussian_process_tunes_a_function_too_and_is_part_of_the_plan(tmp_path: Path) -> None:
+    result = study(hill, tmp_path, **{**SMALL, "trials": 12}, sampler="gp", diverged_score=-9, quiet=True)
+    assert abs(math.log2(result.arms["tuned"].gamma / BEST_GAMMA)) < 1.5
+    with pytest.raises(UsageError, match="sampler: gp there, tpe here"):
+        study(hill, tmp_path, **{**SMALL, "trials": 12}, diverged_score=-9, quiet=True)
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_plain_torch_loop_is_tuned_and_a_rate_that_blows_up_is_told_as_diverged(tmp_path: Path) -> None:
+    x = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0] * x[:, 1] > 0).long()
+
+    def train(trial: ObjectiveTrial) -> None:
+        torch.manual_seed(trial.seed)
+        net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+        model = gammaopt.wrap(net, trial.gamma, depth=2, parametrization="mean_field", loss="mse")
+        optimizer = gammaopt.SGD(model.parameters(), lr=trial.lr)
+        for step in range(trial.steps):
+            batch = torch.randint(512, (32,))
+            outputs = model(x[batch])
+            loss = nn.functional.mse_loss(outputs, nn.functional.one_hot(y[batch], 2).float())
+            trial.report(step, (outputs.argmax(1) == y[batch]).float().mean() if loss < 1e3 else math.nan)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    result = study(
+        train, tmp_path, law=EtaLaw(2), base_lr=4.0, steps=40, trials=6, seeds=1, confirm_seeds=2, percent=True,
+        metric="prequential accuracy", octaves=8.0, quiet=True,
+    )  # fmt: skip
+    assert any(trial.diverged for trial in result.trials)
+    assert max(trial.score for trial in result.trials) > 0.55
+    records = list(read_folder(tmp_path).runs.values())
+    ended = [record for record in records if record.diverged_at is not None]
+    assert ended
+    assert all(record.reports[-1][0] == 39 for record in records if record.diverged_at is None)
+    assert all(record.score == 0.0 for record in ended)  # type: ignore[attr-defined]
+    assert 0 < result.spent["tuned"].used < 1
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line in this process."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gammaopt", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert isinstance(stopped.value.code, int)
+        return stopped.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_status_report_and_export_know_its_folder(
+    whole: Study, copied: Path, here: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, _ = here("status", copied)
+    assert code == 0
+    assert f"{copied}: hill, cross entropy, sgd, 100 steps" in out
+    assert out.count("16/16 trials") == 2
+    assert whole.result.in_words() in out
+    (copied / "report.html").unlink()
+    assert here("report", copied)[:2] == (0, whole.result.in_words() + "\n")
+    assert (copied / "report.html").exists()
+    rows = list(csv.DictReader(io.StringIO(here("export", copied)[1])))
+    assert [(float(r["gamma"]), float(r["lr"]), int(r["seed"])) for r in rows] == runs_of(whole.out)
+    lines = here("export", copied, "--format", "jsonl")[1].splitlines()
+    assert lines == (whole.out / "runs.jsonl").read_text().splitlines()
+
+
+SCRIPT = f"""
+import math
+import sys
+BEST_GAMMA, BEST_LR = {BEST_GAMMA}, {BEST_LR}
+
+def hill(trial):
+    luck = math.sin(trial.seed) + 0.1 * math.sin(trial.seed + 100 * trial.lr)
+    good = -0.01 * math.log2(trial.gamma / BEST_GAMMA) ** 2 - 0.01 * math.log2(trial.lr / BEST_LR) ** 2
+    return 0.9 + good + 0.01 * luck
+
+def other(trial):
+    return 0.5
+"""
+
+
+@pytest.mark.usefixtures("no_report")
+def test_confirm_on_more_seeds_from_the_command_line_or_a_program_trains_those_only(
+    whole: Study, copied: Path, tmp_path: Path, here: Callable[..., tuple[int, str, str]]
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    code, out, err = here("confirm", copied, "--seeds", 12)
+    assert (code, out) == (2, "")
+    assert "trains with your function hill; give --objective FILE.py:NAME" in err
+    before = len(runs_of(copied))
+    code, out, err = here("confirm", copied, "--seeds", 12, "--json", "--objective", f"{script}:hill")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["confirm"]["differences"][:10] == list(whole.result.confirm.differences)
+    assert len(found["confirm"]["seeds"]) == 12
+    chosen = {(arm.gamma, arm.lr) for arm in whole.result.arms.values()}
+    assert len(runs_of(copied)) == before + 2 * (len(chosen) + len(RIVAL_OCTAVES))
+    result = confirm(hill, copied, seeds=13)
+    assert result.confirm.differences[:12] == tuple(found["confirm"]["differences"])
+    assert (copied / "confirm-13.html").exists()
+    for words, message in {
+        f"{script}:other": "the study is of the function hill, and this is other; give that one",
+        f"{script}:nothing": "has no function 'nothing'",
+        "nowhere.py:hill": "nowhere.py is no file",
+        "nomodule:hill": "there is no module 'nomodule'",
+        "hill": "'hill' names no function; give FILE.py:NAME",
+    }.items():
+        code, out, err = here("confirm", copied, "--seeds", 15, "--objective", words)
+        assert (code, out) == (2, "")
+        assert message in err
+        assert err.count("\n") == 1

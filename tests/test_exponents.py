@@ -16,7 +16,7 @@ import phase_portrait
 import pytest
 import residual
 import width_transfer
-from _sweep import EdgeJob, slope, stable_edge
+from _sweep import EdgeJob, slope, stable_edge, stable_edges
 
 from gammaopt import EtaLaw
 from gammaopt.online import MLP, Digits, Recipe
@@ -63,7 +63,7 @@ def test_smoke_preset_of_architectures_goes_on_from_the_edges_that_are_there(
         lines.append(json.dumps([architectures.name_of(case, gamma, 0), math.log10(law.factor(gamma))]))
     (tmp_path / "smoke.edges.jsonl").write_text("\n".join([*lines, '["CNN", 1.']) + "\n", encoding="utf-8")
     searched: list[float] = []
-    search = architectures.stable_edges
+    search = stable_edges
 
     def counted(jobs: list[EdgeJob], *rest: Any) -> list[float]:
         searched.extend(job.gamma for job in jobs)

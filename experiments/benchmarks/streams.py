@@ -51,7 +51,7 @@ class Row:
 def main(arguments: list[str] | None = None) -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where samples are made")
-    parser.add_argument("--images", type=int, default=400_000, help="in the files of CIFAR-5M's form, 3 kB each")
+    parser.add_argument("--images", type=int, default=360_000, help="in the files of CIFAR-5M's form, 3 kB each")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; the files are removed at the end")
     options = parser.parse_args(arguments)
     threads = torch.get_num_threads()

@@ -144,10 +144,15 @@ def _check_module(net: nn.Module) -> None:
 
 
 class Stack:
-    """K runs in training: their parameters and optimizer states, (K, …) each, and their rates."""
+    """K runs in training: their parameters and optimizer states, (K, …) each, and their rates.
 
-    def __init__(self, seeds: Seeds, runs: list[Run]) -> None:
-        self.seeds, self.runs, self.recipe = seeds, runs, seeds.recipe
+    ``alone`` passes a stack's only run through the network itself, for networks that are no faster in stacks. Without
+    it a run has the same numbers to the last bit in a stack of any size, of one too: the batched kernels sum in
+    another order than the plain ones on some processors, and a run may lose its neighbours half-way.
+    """
+
+    def __init__(self, seeds: Seeds, runs: list[Run], *, alone: bool = False) -> None:
+        self.seeds, self.runs, self.recipe, self._alone = seeds, runs, seeds.recipe, alone
         first = seeds[runs[0].seed]
         trainable = [name for name, parameter in first.net.named_parameters() if parameter.requires_grad]
         self.parameters = {name: torch.stack([seeds[run.seed].initial[name] for run in runs]) for name in trainable}
@@ -178,7 +183,7 @@ class Stack:
         index = [self._distinct.index(run.seed) for run in runs]
         self._index = torch.tensor(index, device=recipe.device)
         self._leaves: list[Tensor]
-        if len(runs) == 1:  # no stack to speak of: the network itself, on the same memory
+        if self._alone:  # on the same memory
             own = dict(self.net.named_parameters())
             for name, stacked in self.parameters.items():
                 own[name].data = stacked[0]
@@ -221,7 +226,7 @@ class Stack:
 
     def outputs(self, inputs: Tensor) -> Tensor:
         """h of each run, (K, size, outputs), from inputs (size, …) shared by all, or (K, size, …)."""
-        if len(self.runs) == 1:
+        if self._alone:
             output: Tensor = self.net(inputs)
             return output[None]
         return self._batched(self.parameters, inputs, shared=self.shared)

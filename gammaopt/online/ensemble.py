@@ -128,11 +128,13 @@ def train_many(
                     seeds.forget(but=KEPT_SEEDS)
                     progress.add(each)
                 continue
-            queue = _stacks(seeds, members, stack, checkpoint)
+            size = stack or _stack_size(seeds, members)
+            queue = _stacks(members, size, checkpoint, stack)
             while queue:
                 part = queue.pop(0)
                 try:
-                    _train_stack(seeds, part, ends, (checkpoint, seconds), finish, progress)
+                    made = Stack(seeds, part, alone=size == len(part) == 1)
+                    _train_stack(made, ends, (checkpoint, seconds), finish, progress)
                     seeds.forget(but=KEPT_SEEDS)
                 except torch.OutOfMemoryError:
                     if len(part) == 1:
@@ -187,17 +189,18 @@ def _by_dtype(recipe: Recipe, runs: list[Run]) -> Iterator[tuple[torch.dtype, li
         yield torch.float64, exact
 
 
-def _stacks(seeds: Seeds, runs: list[Run], size: int | None, checkpoint: Path | None) -> list[list[Run]]:
-    """Runs in stacks of about equal size, those of a seed side by side: they share their batches.
+def _stacks(runs: list[Run], size: int, checkpoint: Path | None, limit: int | None) -> list[list[Run]]:
+    """Runs in stacks of about equal size, ``size`` at most, those of a seed side by side: they share their batches.
 
-    The runs of a checkpoint come first, as the stack that they were: it goes on, whatever runs were added since.
+    The runs of a checkpoint come first, as the stack that they were: it goes on, whatever runs were added since, unless
+    a user's ``limit`` of the size is lower.
     """
     begun = [] if checkpoint is None else saved_runs(checkpoint)
-    if begun and set(begun) <= set(runs) and len(begun) <= (size or len(begun)):
+    if begun and set(begun) <= set(runs) and len(begun) <= (limit or len(begun)):
         rest = [run for run in runs if run not in set(begun)]
-        return [begun, *(_stacks(seeds, rest, size, None) if rest else [])]
+        return [begun, *(_stacks(rest, size, None, None) if rest else [])]
     runs = sorted(runs, key=lambda run: run.seed)
-    count = math.ceil(len(runs) / (size or _stack_size(seeds, runs)))
+    count = math.ceil(len(runs) / size)
     bounds = [round(i * len(runs) / count) for i in range(count + 1)]
     return [runs[a:b] for a, b in pairwise(bounds)]
 
@@ -270,17 +273,16 @@ class _Progress:
 
 
 def _train_stack(
-    seeds: Seeds,
-    runs: list[Run],
+    stack: Stack,
     ends: list[int],
     saving: tuple[Path | None, float],
     finish: Done,
     progress: _Progress,
 ) -> None:
     """Train one stack to the longest budget and hand over the records of its runs."""
-    recipe, steps = seeds.recipe, ends[-1]
+    recipe, runs, steps = stack.recipe, stack.runs, ends[-1]
     checkpoint, seconds = saving
-    stack, traces = Stack(seeds, runs), Traces(runs, steps)
+    traces = Traces(runs, steps)
     scores: Scores = {}
     progress.keep()
     if checkpoint is not None:
@@ -311,7 +313,7 @@ def _train_stack(
             saved = time.monotonic()
     progress.add((steps - stack.step) * len(runs))  # all diverged
     for run in runs:
-        law = seeds[run.seed].plan.law(FAMILIES[recipe.optimizer])
+        law = stack.seeds[run.seed].plan.law(FAMILIES[recipe.optimizer])
         losses, shares = traces.losses[run], traces.shares[run]
         records = []
         for end in ends:

@@ -12,8 +12,15 @@ studies each, which differ in seed, with the package's sampler: 16 Sobol points,
     raw wide  the same from γ = 0.01 to 1,000, for somebody who does not know what the budget can train either
     grid      three γ to a decade and two rates to an octave over the law's box, all of which a full grid runs
 
-A search that isn't there after as many trials as the grid has counts as one more than that. The bars: the median in the
-law's box is at most a third of the one in the raw box, and at most a third of the grid.
+A search that isn't there after as many trials as the grid has counts as one more than that; where half of them are
+not, the ratio to them is an upper bound. The bars: the median in the law's box is at most a third of the one in the raw
+box, and at most a third of the grid.
+
+Measured: two thirds, not one (0.67, 0.71 and at most 0.64), and a third of the grid on the digits under cross-entropy
+only (0.44, 0.11 and 0.65). The raw box is 1.9 to 2.7 times as wide as the law's, so that a third is more than even a
+blind search would lose in it; TPE finds the bent ridge about as fast as its width says; and the first 16 trials are
+Sobol points in every box, which is most of what the digits need under cross-entropy. Under MSE the goal is small: one
+or two cells of the table lie within 0.3 points of its best, and what is between cells is interpolated.
 """
 
 from __future__ import annotations

@@ -14,7 +14,9 @@ Kernels: the trace NTK of 128 samples against ``vmap(jacrev)``, float64: 50 × f
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -24,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _paired import argument_parser, write_json
+from _paired import argument_parser, machine_and_date, write_json
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
@@ -67,18 +69,31 @@ SPECTRA = (
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", default="", help="the row of this name, or a word in names; other rows of FILE stay")
     parser.add_argument("--width", type=int, default=WIDTH)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for spectrum in SPECTRA:
-        if options.only in spectrum.name:
+        if matches(options, spectrum.name):
             rows += spectrum_rows(spectrum, options.device, options.width)
     for name, build, shape, bar in KERNELS:
-        if options.only in name:
+        if matches(options, name):
             rows.append(kernel_row(name, build, shape, bar, options))
+    busy = {"load": round(os.getloadavg()[0], 1)}  # processes that wanted a core beside ours; ratios are paired
+    rows = [{**row, **machine_and_date(), **busy} for row in rows]
+    if options.only and options.json and options.json.exists():  # made in parts: the other rows stay
+        made = {row["name"] for row in rows}
+        rows += [row for row in json.loads(options.json.read_text())["rows"] if row["name"] not in made]
+    names = [spectrum.name for spectrum in SPECTRA] + [kernel[0] for kernel in KERNELS]
+    rows.sort(key=lambda row: names.index(row["name"].partition(", loss × ")[0]))
     missed = [f"{row['name']}: {what}" for row in rows for what in row["missed"]]
     write_json(options, {"device": options.device, "threads": torch.get_num_threads(), "rows": rows}, missed)
+
+
+def matches(options: Any, name: str) -> bool:
+    """Whether a row was asked for: by its whole name, or by a part if no row has that as its whole name."""
+    whole = {spectrum.name for spectrum in SPECTRA} | {kernel[0] for kernel in KERNELS}
+    return bool(options.only == name if options.only in whole else options.only in name)
 
 
 def scaled(criterion: Any, scale: float) -> Callable[[Any, Any], Any]:

@@ -4,6 +4,11 @@ r"""Vision transformer for small images: patches of 4×4 pixels, pre-LayerNorm b
 
 Width grows by heads of a fixed size, so attention's 1/√(head size) is the same at every width, as mean-field form
 needs it. Attention is written out: torch's fused kernels have no second derivative, and sharpness needs one.
+
+The last norm undoes the scale of the stream before it, so that the depth is no number of blocks: with two blocks of
+width 32 in mean-field form ``effective_depth`` measures 2.33 at initialisation. The stable edge on ``photos`` follows
+γ^0.86 from γ = 1 to 1,000 (95 %: 0.59 … 1.13), which is 2/L_eff: the law that ``wrap`` uses (2026-11-25,
+``experiments/architectures.py``).
 Source: Dosovitskiy et al., "An image is worth 16×16 words", ICLR 2021.
 """
 

@@ -33,6 +33,9 @@ class Job(NamedTuple):
     seed: int
 
 
+LEARNED = 0.8  # of its first loss, at which a run ends that trains
+
+
 class EdgeJob(NamedTuple):
     """A search for the largest rate that trains; rates in decades of c = η/s(γ).
 
@@ -45,7 +48,7 @@ class EdgeJob(NamedTuple):
     seed: int
     low: float
     high: float
-    learned: float = 0.8
+    learned: float = LEARNED
     tolerance: float = 0.05
 
 

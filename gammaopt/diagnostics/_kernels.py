@@ -21,7 +21,7 @@ from gammaopt._errors import UsageError, at_least
 from gammaopt._probe import Inputs, Output
 from gammaopt._roles import layers_in_order
 from gammaopt.diagnostics._function import DOUBLE, Function, undisturbed
-from gammaopt.diagnostics._layers import full_gram, recorded, trace_gram, trusted
+from gammaopt.diagnostics._layers import Layer, full_gram, recorded, trace_gram, trusted
 
 DELTA_BYTES = 2**29  # for what is backpropagated from several outputs at a time
 JACOBIAN_BYTES = 2**29
@@ -84,23 +84,33 @@ def ntk(
         step = outputs if full else max(1, min(outputs, DELTA_BYTES // max(1, size)))
         for start in range(0, outputs if found else 0, step):
             chosen = range(start, min(start + step, outputs))
-            pulled = [
-                torch.autograd.grad(f[:, c].sum(), [layer.output for layer in found], retain_graph=True) for c in chosen
-            ]
-            for position, layer in enumerate(found):
-                delta = torch.stack([layer.deltas(one[position], n) for one in pulled])
+            for layer, delta in zip(found, _pulled(f, found, chosen), strict=True):
                 prefix = f"{layer.name}." if layer.name else ""
                 gram = full_gram if full else trace_gram
                 if prefix + "weight" in done:
                     kernel += gram(layer.patches(n), delta)
                 if prefix + "bias" in done:
-                    summed = delta.sum(3, keepdim=True)
-                    kernel += gram(torch.ones_like(summed[0, ..., :1]), summed)
+                    kernel += gram(torch.ones_like(delta[:, :, 0, :1, :1]), delta.sum(4, keepdim=True))
         del f
         rest = [parameter for name, parameter in function.parameters.items() if name not in done]
         if rest:
             kernel += _sample_by_sample(function, x, n, outputs, rest, full, chunk)
     return kernel.permute(0, 2, 1, 3).contiguous() if full else kernel
+
+
+def _pulled(f: Tensor, layers: list[Layer], outputs: range) -> list[Tensor]:
+    """What backpropagation from each of some outputs brings to each layer: (n, groups, outputs, units, positions)."""
+    stacked: list[Tensor] = []
+    for place, c in enumerate(outputs):
+        one = torch.zeros_like(f)
+        one[:, c] = 1.0
+        gradients = torch.autograd.grad(f, [layer.output for layer in layers], one, retain_graph=True)
+        parts = [layer.deltas(gradient, len(f)) for layer, gradient in zip(layers, gradients, strict=True)]
+        if not stacked:
+            stacked = [part.new_empty(*part.shape[:2], len(outputs), *part.shape[2:]) for part in parts]
+        for whole, part in zip(stacked, parts, strict=True):
+            whole[:, :, place] = part
+    return stacked
 
 
 def _sample_by_sample(

@@ -6,8 +6,9 @@ Multiplied basis vectors P and pending ones Z, all orthonormal, satisfy exactly
 
 A product turns the first pending vector into a multiplied one and leaves what is new of it as the last pending one; so
 the number of vectors pending is the block size, and a fresh random vector may join at any time. It does when all
-wanted pairs look nearly converged: copies of an eigenvalue that one Krylov space can't see show up then, move the Ritz
-values by more than their errors, and let another one join. A full basis is
+wanted pairs look converged, and the next products are its own: copies of an eigenvalue that one Krylov space can't see
+show up then, move the Ritz values by more than their errors, and let another one join. Until then all products go into
+one Krylov space, because two that take turns are each of half the degree. A full basis is
 restarted from its best Ritz vectors ("thick restart"), which keeps the relation above.
 
 Sources: Wu and Simon, SIAM J. Matrix Anal. Appl. 2000 (thick restart); Bai, Demmel et al., "Templates for the Solution
@@ -29,8 +30,7 @@ Which = Literal["largest", "magnitude"]
 Array = NDArray[np.float64]
 
 EVERY = 2  # products between two looks at the Ritz values
-JOIN_TOL = 1e-2  # estimated relative error at which a fresh vector joins
-SECOND_LOOK = 10  # products after a fresh vector joined, before convergence is believed
+SECOND_LOOK = 5  # products of a fresh vector's own, before convergence is believed
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,15 @@ class Krylov:
         size, basis = self._basis.shape[1], self._basis
         self._join(torch.randn(size, generator=self._generator, dtype=torch.float64).to(basis))
 
+    def turn(self) -> None:
+        """Let the last pending vector be the next to be multiplied: what joined just now, or continues the last one."""
+        first, last = self.done, self.count - 1
+        if first < last:
+            self._basis[[first, last]] = self._basis[[last, first]]
+            self._matrix[[first, last]] = self._matrix[[last, first]]
+
     def advance(self) -> None:
-        """One product."""
+        """One product, of the first pending vector."""
         product = self._multiply(self._basis[self.done])
         rest, coefficients = self._orthogonal(product)
         column = coefficients.double().cpu().numpy()
@@ -191,38 +198,38 @@ def lanczos(
         vectors: whether to return Ritz vectors.
     """
     space = Krylov(multiply, start, capacity, generator)
-    products, joined_at = 0, 0
-    at_join = Ritz(np.empty(0), np.empty(0), np.empty(0), None)
+    products, looking = 0, 0  # products that the fresh vector still gets
+    before: Ritz | None = None  # what there was when it joined
+    joined = False
     size = start.shape[1]
     while products < max_products:
         if space.exhausted:  # invariant: the rest of the space, if any, needs a fresh direction
-            if space.done >= min(k, size) and joined_at:
+            if space.done >= min(k, size) and joined:
                 break
             space.add_random()
-            joined_at = joined_at or products + 1
+            joined = True
             if space.exhausted:
                 break
         if space.full and space.capacity < size:
             space.restart(min(k + max(k // 2, 2), space.capacity - (space.count - space.done) - 1), which)
+        if looking:
+            space.turn()
+            looking -= 1
         space.advance()
         products += 1
-        if products % EVERY and products < max_products:
+        if looking or (products % EVERY and products < max_products):
             continue
         ritz = space.ritz(k, which)
         if len(ritz.values) < min(k, size):
             continue
         scale = np.abs(ritz.values)
         floor = 1e2 * torch.finfo(start.dtype).eps * float(scale.max(initial=0.0))
-        if not np.all(ritz.errors <= max(tol, JOIN_TOL) * scale + floor):
+        if not np.all(ritz.errors <= tol * scale + floor):
             continue
-        looked = joined_at and products >= joined_at + SECOND_LOOK
-        if looked and len(at_join.values) == len(ritz.values):
-            moved = np.abs(ritz.values - at_join.values)
-            if np.all(moved <= 3 * at_join.errors + tol * scale + floor):
-                if np.all(ritz.errors <= tol * scale + floor):
-                    break
-                continue
-        if not joined_at or looked:
-            space.add_random()
-            joined_at, at_join = products, ritz
+        if before is not None:
+            moved = np.abs(ritz.values - before.values)
+            if np.all(moved <= 3 * before.errors + tol * scale + floor):
+                break
+        space.add_random()
+        joined, before, looking = True, ritz, SECOND_LOOK
     return space.ritz(k, which, vectors), products

@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,12 @@ from gammaopt._roles import CONVS
 
 TRIAL_TOL = 1e3  # times the dtype's epsilon, relative: the sum of the parts against autograd's gradient
 GRAM_BYTES = 2**28  # for an intermediate matrix
+CACHE_BYTES = 2**22  # of it at a time on a CPU: made and used up before it leaves the cache
+LEAST_UNITS = 16  # whose gradients are made at a time, if memory allows
+ROWS = 32  # samples whose rows of a symmetric matrix are made at a time, up to the diagonal
+# What an entry costs beside a multiply-add in a large matrix product, in such multiply-adds; measured in float64.
+PAIR_COST = 20.0  # to multiply two entries and add them up
+SMALL_PRODUCT_COST = 2.0  # a multiply-add of a sample's own gradient, in a product of small matrices
 
 
 @dataclass
@@ -46,20 +52,21 @@ class Layer:
         """1 for a Linear layer."""
         return int(getattr(self.module, "groups", 1))
 
-    def patches(self, n: int) -> Tensor:
-        """a: (n, groups, positions, inputs of one output unit)."""
+    def patches(self, n: int, chosen: Tensor | None = None) -> Tensor:
+        """a: (n, groups, inputs of one output unit, positions); of the ``chosen`` samples alone, if given."""
         value = self.input.detach()
+        value = value.reshape(n, -1, *value.shape[1:])
+        value = (value if chosen is None else value[chosen]).flatten(0, 1)
         if isinstance(self.module, nn.Linear):
-            return value.reshape(n, 1, -1, value.shape[-1])
-        weight = cast("Tensor", self.module.weight)
-        return unfolded(value, self.module).reshape(n, self.groups, -1, math.prod(weight.shape[1:]))
+            n = n if chosen is None else len(chosen)
+            return value.reshape(n, 1, -1, value.shape[-1]).transpose(2, 3)
+        return unfolded(value, self.module)
 
     def deltas(self, gradient: Tensor, n: int) -> Tensor:
-        """δ: (n, groups, positions, units of one group), from a gradient of the layer's output."""
+        """δ: (n, groups, units of one group, positions), from a gradient of the layer's output."""
         if isinstance(self.module, nn.Linear):
-            return gradient.reshape(n, 1, -1, gradient.shape[-1])
-        split = gradient.reshape(n, self.groups, gradient.shape[1] // self.groups, -1)
-        return split.transpose(2, 3)
+            return gradient.reshape(n, 1, -1, gradient.shape[-1]).transpose(2, 3)
+        return gradient.reshape(n, self.groups, gradient.shape[1] // self.groups, -1)
 
     def fits(self, n: int) -> bool:
         """Whether input and output have the samples as their first dimension, or in it."""
@@ -74,7 +81,7 @@ class Layer:
 
 
 def unfolded(value: Tensor, conv: Any) -> Tensor:
-    """The patches of (n, C_in, *S): (n, groups, positions, C_in/groups · kernel), in the order of the weight."""
+    """The patches of (n, C_in, *S): (n, groups, C_in/groups · kernel in the order of the weight, positions)."""
     n, channels = value.shape[:2]
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     if any(conv._reversed_padding_repeated_twice):
@@ -82,9 +89,8 @@ def unfolded(value: Tensor, conv: Any) -> Tensor:
     for axis, (size, step, dilation) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)):
         value = value.unfold(2 + axis, (size - 1) * dilation + 1, step)[..., ::dilation]
     dims = len(conv.kernel_size)
-    positions = math.prod(value.shape[2 : 2 + dims])
-    value = value.reshape(n, conv.groups, channels // conv.groups, positions, math.prod(conv.kernel_size))
-    return value.transpose(2, 3).flatten(3)
+    value = value.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
+    return value.reshape(n, conv.groups, channels // conv.groups * math.prod(conv.kernel_size), -1)
 
 
 @contextmanager
@@ -127,9 +133,9 @@ def trusted(
     ]
     if not candidates:
         return [], set()
-    inside = torch.zeros(n, dtype=torch.bool)
-    inside[torch.randperm(n, generator=generator)[: max(1, n // 2)]] = True
-    inside = inside.to(output.device)
+    chosen = torch.randperm(n, generator=generator)[: max(1, n // 2)].to(output.device)
+    inside = torch.zeros(n, dtype=torch.bool, device=output.device)
+    inside[chosen] = True
     direction = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
     direction = direction * inside.view(n, *[1] * (output.dim() - 1))
     own = list(parameters.values())
@@ -144,87 +150,120 @@ def trusted(
         if gradient is None:
             continue
         delta = layer.deltas(gradient, n)
-        if bool(delta[~inside].any()) or not all(bool(delta[i].any()) for i in inside.nonzero().flatten()):
+        if not torch.equal(delta.flatten(1).any(1), inside):
             continue
-        made = {"bias": delta.sum((0, 2)).reshape(-1)}
-        if cast("Tensor", layer.module.weight).requires_grad:
-            made["weight"] = torch.einsum("ngtd,ngtk->gdk", delta, layer.patches(n))
-        mine = {
-            name: made[leaf]
-            for leaf in made
-            if (name := f"{layer.name}.{leaf}".removeprefix(".")) in parameters and expected[name] is not None
-        }
-        errors = [
-            float((value - expected[name].reshape(value.shape)).norm()) / (float(expected[name].norm()) or 1.0)  # type: ignore[union-attr]
-            for name, value in mine.items()
-        ]
-        if mine and max(errors) <= tolerance:
+        delta = delta[chosen]
+        made: dict[str, tuple[Tensor, Tensor]] = {}  # by us and by autograd
+        for leaf in ("weight", "bias"):
+            name = f"{layer.name}.{leaf}".removeprefix(".")
+            if name not in parameters or (whole := expected[name]) is None:
+                continue
+            if leaf == "bias":
+                made[name] = delta.sum((0, 3)).flatten(), whole
+                continue
+            # A random combination of the rows of the weight's gradient says as much as all of them, and costs less.
+            mix = torch.randn(delta.shape[1:3], generator=generator, dtype=torch.float64).to(delta)
+            mixed = torch.einsum("ngdt,gd->ngt", delta, mix)
+            ours = torch.einsum("ngt,ngkt->gk", mixed, layer.patches(n, chosen))
+            made[name] = ours, torch.einsum("gdk,gd->gk", whole.reshape(*mix.shape, -1), mix)
+        if made and all(_distance(*both) <= tolerance for both in made.values()):
             good.append(layer)
-            names.update(mine)
+            names.update(made)
     return good, names
+
+
+def _distance(value: Tensor, expected: Tensor) -> float:
+    return float((value - expected).norm()) / (float(expected.norm()) or 1.0)
 
 
 def trace_gram(a: Tensor, delta: Tensor) -> Tensor:
     """Σ_c of inner products of per-sample weight gradients, (n, n), by the cheaper of two ways.
 
     Args:
-        a: (n, groups, T, k) inputs.
-        delta: (C, n, groups, T, d) backpropagated from each of C outputs.
+        a: (n, groups, k, T) inputs.
+        delta: (n, groups, C, d, T) backpropagated from each of C outputs.
     """
-    outputs, n, groups, positions, d = delta.shape
-    k = a.shape[-1]
-    by_pairs = (n * positions) ** 2 * (k + outputs * d)
-    by_gradients = n * outputs * d * k * (positions + n)
+    n, groups, outputs, d, positions = delta.shape
+    k, units = a.shape[2], outputs * d
+    below = (1 + min(1.0, _rows(a, n) / n)) / 2  # share of a symmetric matrix that is made
+    by_pairs = below * (n * positions) ** 2 * (k + units + PAIR_COST)
+    by_gradients = n * units * k * (below * n + SMALL_PRODUCT_COST * positions)
+    way = _add_pairs if by_pairs <= by_gradients else _add_gradients
     total = a.new_zeros(n, n)
     for g in range(groups):
-        left, right = a[:, g], delta[:, :, g]
-        if by_pairs <= by_gradients:
-            total += _pairs(left, right.permute(1, 2, 0, 3).flatten(2))
-        else:
-            for c in range(outputs):
-                total += _gradients(left, right[c])
-    return total
-
-
-def _pairs(a: Tensor, delta: Tensor) -> Tensor:
-    """Σ_{t,s} (a_it·a_js)(δ_it·δ_js) for (n, T, ·) factors, some rows at a time."""
-    n, positions = a.shape[:2]
-    if positions == 1:
-        return (a[:, 0] @ a[:, 0].T) * (delta[:, 0] @ delta[:, 0].T)
-    flat_a, flat_delta = a.flatten(0, 1), delta.flatten(0, 1)
-    rows = max(1, GRAM_BYTES // (2 * a.element_size() * positions * n * positions))
-    parts = []
-    for start in range(0, n, rows):
-        one = a[start : start + rows].flatten(0, 1) @ flat_a.T
-        two = delta[start : start + rows].flatten(0, 1) @ flat_delta.T
-        parts.append((one * two).view(-1, positions, n, positions).sum((1, 3)))
-    return torch.cat(parts)
-
-
-def _gradients(a: Tensor, delta: Tensor) -> Tensor:
-    """The Gram matrix of G_i = Σ_t δ_it a_itᵀ, some units at a time."""
-    n, d, k = len(a), delta.shape[-1], a.shape[-1]
-    units = max(1, GRAM_BYTES // (a.element_size() * n * k))
-    total = a.new_zeros(n, n)
-    for start in range(0, d, units):
-        gradient = torch.bmm(delta[..., start : start + units].transpose(1, 2), a).flatten(1)
-        total += gradient @ gradient.T
-    return total
+        way(total, a[:, g], delta[:, g].flatten(1, 2))
+    return mirrored(total)
 
 
 def full_gram(a: Tensor, delta: Tensor) -> Tensor:
     """Inner products of per-sample weight gradients of all pairs of outputs, (n, C, n, C). See :func:`trace_gram`."""
-    outputs, n, groups, positions, d = delta.shape
+    n, groups, outputs, d, positions = delta.shape
     total = a.new_zeros(n * outputs, n * outputs)
     for g in range(groups):
-        left, right = a[:, g], delta[:, :, g].transpose(0, 1)  # (n, T, k), (n, C, T, d)
+        left, right = a[:, g], delta[:, g]  # (n, k, T), (n, C, d, T)
         if positions == 1:
-            flat = right.flatten(0, 1)[:, 0]
+            inputs = left[..., 0] @ left[..., 0].T
+            flat = right.reshape(n * outputs, d)
             product = (flat @ flat.T).view(n, outputs, n, outputs)
-            total += (product * (left[:, 0] @ left[:, 0].T)[:, None, :, None]).view(n * outputs, -1)
+            total += (product * inputs[:, None, :, None]).view(n * outputs, -1)
             continue
-        units = max(1, GRAM_BYTES // (a.element_size() * n * outputs * a.shape[-1]))
+        units = max(1, GRAM_BYTES // (a.element_size() * n * outputs * a.shape[2]))
         for start in range(0, d, units):
-            gradient = torch.einsum("nctd,ntk->ncdk", right[..., start : start + units], left).flatten(2).flatten(0, 1)
-            total += gradient @ gradient.T
-    return total.view(n, outputs, n, outputs)
+            some = right[:, :, start : start + units].flatten(1, 2)
+            _add_gram(total, torch.bmm(some, left.transpose(1, 2)).view(n * outputs, -1))
+    return mirrored(total).view(n, outputs, n, outputs)
+
+
+def mirrored(lower: Tensor) -> Tensor:
+    """The symmetric matrix of which the part up to the diagonal is given."""
+    return lower.tril() + lower.tril(-1).T
+
+
+def _rows(like: Tensor, n: int) -> int:
+    """Rows of a symmetric matrix to make at a time: an accelerator wants large products."""
+    return min(n, ROWS) if like.device.type == "cpu" else n
+
+
+def _bytes(like: Tensor) -> int:
+    return min(GRAM_BYTES, CACHE_BYTES) if like.device.type == "cpu" else GRAM_BYTES
+
+
+def _add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add the inner products of rows, up to the diagonal."""
+    n = len(rows)
+    step = _rows(rows, n)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        total[start:stop, :stop].addmm_(rows[start:stop], rows[:stop].T)
+
+
+def _add_pairs(total: Tensor, a: Tensor, delta: Tensor) -> None:
+    """Σ_{t,s} (a_it·a_js)(δ_it·δ_js) of (n, ·, T) factors, some samples i and all j up to them at a time."""
+    n, _, positions = a.shape
+    if positions == 1:
+        one, two = total.new_zeros(n, n), total.new_zeros(n, n)
+        _add_gram(one, a[..., 0])
+        _add_gram(two, delta[..., 0])
+        total += one.mul_(two)
+        return
+    a, delta = (value.permute(1, 2, 0).contiguous() for value in (a, delta))  # (·, T, n): sums run along samples
+    rows = max(1, min(_rows(a, n), _bytes(a) // (a.element_size() * positions * n * positions)))
+    for start in range(0, n, rows):
+        stop = min(start + rows, n)
+        one, two = (value[..., start:stop].flatten(1).T @ value[..., :stop].flatten(1) for value in (a, delta))
+        product = one.mul_(two).view(positions, stop - start, positions, stop)
+        total[start:stop, :stop] += product.sum(2).sum(0)
+
+
+def _add_gradients(total: Tensor, a: Tensor, delta: Tensor) -> None:
+    """The inner products of G_i = Σ_t δ_it a_itᵀ for (n, ·, T) factors, some units at a time."""
+    n, k, _ = a.shape
+    units = delta.shape[1]
+    one = a.element_size() * n * k
+    step = min(units, max(1, min(GRAM_BYTES // one, max(LEAST_UNITS, _bytes(a) // one))))
+    made = a.new_empty(n * step * k)
+    for start in range(0, units, step):
+        some = delta[:, start : start + step]
+        gradient = made[: n * some.shape[1] * k].view(n, -1, k)
+        torch.bmm(some, a.transpose(1, 2), out=gradient)
+        _add_gram(total, gradient.flatten(1))

@@ -147,25 +147,32 @@ class Multipliers(Optimizer):
         if self._law is not None:
             for group in self.param_groups:
                 self._from_law(group["params"], 0)  # refuses what a model that was wrapped since has taken
-        elif all(all(_registry.owners(group["params"])) for group in self.param_groups):
-            self._scales = [self._owned(group) for group in self.param_groups]
         else:
-            self._check_still_wrapped()
+            fresh = [self._refreshed(*pair) for pair in zip(self.param_groups, self._scales, strict=False)]
+            self._scales = fresh + self._scales[len(fresh) :]
         self._version = _registry.version()
 
-    def _check_still_wrapped(self) -> None:
-        """Refuse to step a network that was unwrapped: it computes h, whose rates are not those of f.
+    def _refreshed(self, group: dict[str, Any], kept: GroupScales) -> GroupScales:
+        """The scales of a group as the live plans have them.
 
-        Parameters of no model at all, as in a copy of the optimizer alone, keep the rates they had.
+        Parameters of no model at all, as in a copy of the optimizer alone, keep the rates they had. A network that was
+        unwrapped is refused: it computes h, whose rates are not those of f.
         """
-        for group, scales in zip(self.param_groups, self._scales, strict=False):
-            for parameter, name in zip(group["params"], scales.names, strict=False):
-                if _registry.was_unwrapped(parameter):
-                    raise UsageError(
-                        f"the model of parameter {name!r} was unwrapped since this {type(self).__name__} was built, "
-                        "and its rates are those of the wrapped one; build a torch.optim optimizer for the plain "
-                        "network, or wrap it again"
-                    )
+        parameters = group["params"]
+        live = [owner is not None for owner in _registry.owners(parameters)]
+        for parameter, name, owned in zip(parameters, kept.names, live, strict=False):
+            if not owned and _registry.was_unwrapped(parameter):
+                raise UsageError(
+                    f"the model of parameter {name!r} was unwrapped since this {type(self).__name__} was built, "
+                    "and its rates are those of the wrapped one; build a torch.optim optimizer for the plain "
+                    "network, or wrap it again"
+                )
+        if len(parameters) != len(kept.scales) or not any(live):
+            return kept
+        found = self._owned({**group, "params": [each for each, owned in zip(parameters, live, strict=True) if owned]})
+        new, old = (iter(zip(each.scales, each.names, strict=True)) for each in (found, kept))
+        merged = [(next(old), next(new))[1] if owned else next(old) for owned in live]
+        return GroupScales(tuple(scale for scale, _ in merged), tuple(name for _, name in merged))
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {"_scales": self._scales, "_law": self._law}

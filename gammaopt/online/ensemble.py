@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gammaopt._errors import UsageError, at_least, positive
+from gammaopt._errors import UsageError, at_least, positive, whole
 from gammaopt._laws import SMALLEST_FLOAT32_GAMMA
 from gammaopt.online._checkpoint import Scores, restore, save, saved_runs
 from gammaopt.online._device import on_device, seeded
@@ -151,7 +151,7 @@ def _seeds(recipe: Recipe, shared: Seeds | None) -> Seeds:
 
 
 def check_runs(runs: Iterable[Run]) -> list[Run]:
-    """The runs, γ and rates as floats, each once."""
+    """The runs, γ and rates as floats and seeds as ints, each once."""
     example = "[Run(1.0, 0.1, 0), …]: γ, rate and seed of each"
     if isinstance(runs, Run) or not isinstance(runs, Iterable):
         raise UsageError(f"runs={runs!r} is no list of runs; give {example}")
@@ -161,9 +161,7 @@ def check_runs(runs: Iterable[Run]) -> list[Run]:
             gamma, lr, seed = run
         except (TypeError, ValueError):
             raise UsageError(f"{run!r} among the runs is no run; give {example}") from None
-        if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-            raise UsageError(f"seed={seed!r} is not a whole number; give {example}")
-        checked.append(Run(positive("gamma", gamma), positive("lr", lr), seed))
+        checked.append(Run(positive("gamma", gamma), positive("lr", lr), whole("seed", seed, example)))
     if len(set(checked)) < len(checked):
         twice = next(run for i, run in enumerate(checked) if run in checked[:i])
         raise UsageError(f"the run γ={twice.gamma:g}, lr={twice.lr:g}, seed={twice.seed} is given twice; drop one")

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from gammaopt._errors import UsageError, at_least, one_of, positive
+from gammaopt._errors import UsageError, at_least, one_of, positive, whole
 from gammaopt._laws import EtaLaw, Loss, OptimizerFamily
 from gammaopt._plan import Parametrization, Plan
 from gammaopt._wrap import Center, wrap
@@ -74,8 +74,8 @@ class Recipe:
         self._check_parts()
         one_of("loss", self.loss, get_args(Loss))
         one_of("optimizer", self.optimizer, OPTIMIZERS)
-        at_least("steps", self.steps, 1)
-        at_least("batch_size", self.batch_size, 1)
+        for name in ("steps", "batch_size"):  # as int: a record of them is JSON
+            object.__setattr__(self, name, at_least(name, getattr(self, name), 1))
         if self.depth is not None:
             positive("depth", self.depth)
         if not 0 <= self.momentum < 1:
@@ -122,7 +122,7 @@ def train(recipe: Recipe, *, gamma: float, lr: float, seed: int, batches: Batche
         batches: this seed's batches, if they have been made already; same numbers as without.
 
     Raises:
-        UsageError: for a bad ``gamma`` or ``lr``, or ``batches`` of another seed or budget.
+        UsageError: for a bad ``gamma``, ``lr`` or ``seed``, or ``batches`` of another seed or budget.
 
     Example:
         >>> from gammaopt.online import MLP, Staircase
@@ -131,7 +131,7 @@ def train(recipe: Recipe, *, gamma: float, lr: float, seed: int, batches: Batche
         >>> record.diverged_at is None, round(record.effective_lr, 4)
         (True, 0.4642)
     """
-    positive("gamma", gamma), positive("lr", lr)
+    gamma, lr, seed = positive("gamma", gamma), positive("lr", lr), whole("seed", seed)
     if batches is None:
         batches = Batches(recipe.stream, seed, recipe.steps, recipe.batch_size, recipe.device)
     if (batches.seed, batches.size) != (seed, recipe.batch_size) or batches.steps < recipe.steps:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -502,6 +505,26 @@ def test_repeated_and_impossible_runs() -> None:
 def test_what_is_no_list_of_runs(runs: object, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         train_many(RECIPE, runs)  # type: ignore[arg-type]
+
+
+def test_numbers_may_be_numpys() -> None:
+    recipe = dataclasses.replace(RECIPE, steps=6)
+    six: Any = np.int64(6)
+    half: Any = np.float32(0.5)
+    seeds: Any = np.arange(2)
+    budgets: Any = np.array([3, 6])
+    numpys = dataclasses.replace(RECIPE, steps=six)
+    runs = [Run(gamma, half, seed) for gamma in np.array([1.0, 2.0]) for seed in seeds]
+    plain = [Run(gamma, 0.5, seed) for gamma in (1.0, 2.0) for seed in (0, 1)]
+    many = train_many(numpys, runs, budgets=budgets)
+    assert many == train_many(recipe, plain, budgets=(3, 6))
+    one = train(numpys, gamma=4 * half, lr=half, seed=seeds[1])
+    assert one == train(recipe, gamma=2.0, lr=0.5, seed=1)
+    for record in (*many, one):
+        assert RunRecord.from_dict(json.loads(record.to_json())) == record
+    for seed in (True, 0.5, "0", np.float64(1.0)):
+        with pytest.raises(UsageError, match=r"seed=.* is not a whole number; give an integer"):
+            train(recipe, gamma=1.0, lr=0.5, seed=seed)  # type: ignore[arg-type]
 
 
 def test_one_budget_may_be_a_number() -> None:

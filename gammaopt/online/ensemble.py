@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from gammaopt._errors import UsageError, at_least, positive, whole
-from gammaopt._laws import SMALLEST_FLOAT32_GAMMA
 from gammaopt.online._checkpoint import Scores, restore, save, saved_runs
 from gammaopt.online._device import on_device, seeded
 from gammaopt.online._graph import Stepper
@@ -70,7 +69,9 @@ def train_many(
 ) -> list[RunRecord]:
     """Train many runs of a recipe together; the same records as :func:`train` gives one by one.
 
-    Runs below γ = 1e-3 are trained in float64 if the recipe says float32, which loses too much of h − h₀ there.
+    Runs below γ = 0.01 are trained in float64 if the recipe says float32, which loses too much of h − h₀ there. A
+    chaotic run ends with another loss than alone in float64 too: one whose loss climbs far above that of f = 0 without
+    diverging, e.g. under cross-entropy at γ = 1e-3 and c ≥ 1.
     A run that diverges is recorded and leaves the stack, which goes on without it.
 
     Args:
@@ -179,12 +180,10 @@ def check_budgets(budgets: Sequence[int] | int, steps: int) -> list[int]:
 
 
 def _by_dtype(recipe: Recipe, runs: list[Run]) -> Iterator[tuple[torch.dtype, list[Run]]]:
-    exact = [run for run in runs if recipe.dtype == torch.float32 and run.gamma < SMALLEST_FLOAT32_GAMMA]
-    rest = [run for run in runs if run not in exact] if exact else runs
-    if rest:
-        yield recipe.dtype, rest
-    if exact:
-        yield torch.float64, exact
+    for dtype in dict.fromkeys((recipe.dtype, torch.float64)):
+        members = [run for run in runs if recipe.at(run.gamma).dtype == dtype]
+        if members:
+            yield dtype, members
 
 
 def _stacks(runs: list[Run], size: int, checkpoint: Path | None, limit: int | None) -> list[list[Run]]:

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from gammaopt._errors import UsageError, at_least, one_of, positive
+from gammaopt._errors import UsageError, at_least, one_of, positive, whole
 from gammaopt._files import locked, write_atomically
 from gammaopt._laws import EtaLaw
 from gammaopt.online._checkpoint import saved_runs
@@ -55,9 +55,10 @@ class Grid:
 
     def __post_init__(self) -> None:
         one_of("unit", self.unit, get_args(Unit))
-        for name, values in {"gammas": self.gammas, "rates": self.rates}.items():
-            for value in values:
-                positive(name, value)
+        # Python's own numbers, which a record can be written with: NumPy's are given too.
+        for name in ("gammas", "rates"):
+            object.__setattr__(self, name, tuple(positive(name, value) for value in getattr(self, name)))
+        object.__setattr__(self, "seeds", tuple(whole("seeds", seed) for seed in self.seeds))
         for name, numbers in {"gammas": self.gammas, "rates": self.rates, "seeds": self.seeds}.items():
             if not numbers:
                 raise UsageError(f"the grid has no {name}; give at least one")

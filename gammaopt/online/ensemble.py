@@ -20,8 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gammaopt._errors import UsageError, at_least, positive
-from gammaopt._laws import SMALLEST_FLOAT32_GAMMA
+from gammaopt._errors import UsageError, at_least, positive, whole
 from gammaopt.online._checkpoint import Scores, restore, save, saved_runs
 from gammaopt.online._device import on_device, seeded
 from gammaopt.online._graph import Stepper
@@ -70,7 +69,9 @@ def train_many(
 ) -> list[RunRecord]:
     """Train many runs of a recipe together; the same records as :func:`train` gives one by one.
 
-    Runs below γ = 1e-3 are trained in float64 if the recipe says float32, which loses too much of h − h₀ there.
+    Runs below γ = 0.01 are trained in float64 if the recipe says float32, which loses too much of h − h₀ there. A
+    chaotic run ends with another loss than alone in float64 too: one whose loss climbs far above that of f = 0 without
+    diverging, e.g. under cross-entropy at γ = 1e-3 and c ≥ 1.
     A run that diverges is recorded and leaves the stack, which goes on without it.
 
     Args:
@@ -151,7 +152,7 @@ def _seeds(recipe: Recipe, shared: Seeds | None) -> Seeds:
 
 
 def check_runs(runs: Iterable[Run]) -> list[Run]:
-    """The runs, γ and rates as floats, each once."""
+    """The runs, γ and rates as floats and seeds as ints, each once."""
     example = "[Run(1.0, 0.1, 0), …]: γ, rate and seed of each"
     if isinstance(runs, Run) or not isinstance(runs, Iterable):
         raise UsageError(f"runs={runs!r} is no list of runs; give {example}")
@@ -161,9 +162,7 @@ def check_runs(runs: Iterable[Run]) -> list[Run]:
             gamma, lr, seed = run
         except (TypeError, ValueError):
             raise UsageError(f"{run!r} among the runs is no run; give {example}") from None
-        if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-            raise UsageError(f"seed={seed!r} is not a whole number; give {example}")
-        checked.append(Run(positive("gamma", gamma), positive("lr", lr), seed))
+        checked.append(Run(positive("gamma", gamma), positive("lr", lr), whole("seed", seed, example)))
     if len(set(checked)) < len(checked):
         twice = next(run for i, run in enumerate(checked) if run in checked[:i])
         raise UsageError(f"the run γ={twice.gamma:g}, lr={twice.lr:g}, seed={twice.seed} is given twice; drop one")
@@ -181,12 +180,10 @@ def check_budgets(budgets: Sequence[int] | int, steps: int) -> list[int]:
 
 
 def _by_dtype(recipe: Recipe, runs: list[Run]) -> Iterator[tuple[torch.dtype, list[Run]]]:
-    exact = [run for run in runs if recipe.dtype == torch.float32 and run.gamma < SMALLEST_FLOAT32_GAMMA]
-    rest = [run for run in runs if run not in exact] if exact else runs
-    if rest:
-        yield recipe.dtype, rest
-    if exact:
-        yield torch.float64, exact
+    for dtype in dict.fromkeys((recipe.dtype, torch.float64)):
+        members = [run for run in runs if recipe.at(run.gamma).dtype == dtype]
+        if members:
+            yield dtype, members
 
 
 def _stacks(runs: list[Run], size: int, checkpoint: Path | None, limit: int | None) -> list[list[Run]]:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from gammaopt._errors import UsageError, at_least, one_of, positive
-from gammaopt._laws import EtaLaw, Loss, OptimizerFamily
+from gammaopt._errors import UsageError, at_least, one_of, positive, whole
+from gammaopt._laws import FLOAT64_BELOW_GAMMA, EtaLaw, Loss, OptimizerFamily
 from gammaopt._plan import Parametrization, Plan
 from gammaopt._wrap import Center, wrap
 from gammaopt.online._device import check_device, on_device, seeded
@@ -52,7 +52,7 @@ class Recipe:
         base: makes the network that rates were tuned on, for ``"as_is"``; called on the meta device, so it costs no
             memory and draws nothing. See :func:`gammaopt.wrap`.
         device: where to train.
-        dtype: floating-point type of network and inputs.
+        dtype: floating-point type of network and inputs; float64 in float32's place for runs below γ = 0.01.
         momentum: of SGD, 0 ≤ momentum < 1.
     """
 
@@ -74,8 +74,8 @@ class Recipe:
         self._check_parts()
         one_of("loss", self.loss, get_args(Loss))
         one_of("optimizer", self.optimizer, OPTIMIZERS)
-        at_least("steps", self.steps, 1)
-        at_least("batch_size", self.batch_size, 1)
+        for name in ("steps", "batch_size"):  # as int: a record of them is JSON
+            object.__setattr__(self, name, at_least(name, getattr(self, name), 1))
         if self.depth is not None:
             positive("depth", self.depth)
         if not 0 <= self.momentum < 1:
@@ -83,6 +83,11 @@ class Recipe:
         if self.momentum and self.optimizer != "sgd":
             raise UsageError(f"momentum={self.momentum:g} goes with optimizer='sgd', not with {self.optimizer!r}")
         check_device(self.device)
+
+    def at(self, gamma: float) -> Recipe:
+        """The recipe in the precision that a run at γ needs: float64 in float32's place below γ = 0.01."""
+        exact = self.dtype == torch.float32 and gamma < FLOAT64_BELOW_GAMMA
+        return replace(self, dtype=torch.float64) if exact else self
 
     def _check_parts(self) -> None:
         """What makes networks and what makes batches, and not one given for the other."""
@@ -113,6 +118,7 @@ def train(recipe: Recipe, *, gamma: float, lr: float, seed: int, batches: Batche
     """Train one network for one pass and return its record. A diverged run is a record too.
 
     The seed fixes the initialisation, the batches and their order, so runs that differ in γ or rate only are paired.
+    Below γ = 0.01 a float32 recipe is trained in float64, as by :func:`train_many`.
 
     Args:
         recipe: network, stream, loss, optimizer, budget.
@@ -122,7 +128,7 @@ def train(recipe: Recipe, *, gamma: float, lr: float, seed: int, batches: Batche
         batches: this seed's batches, if they have been made already; same numbers as without.
 
     Raises:
-        UsageError: for a bad ``gamma`` or ``lr``, or ``batches`` of another seed or budget.
+        UsageError: for a bad ``gamma``, ``lr`` or ``seed``, or ``batches`` of another seed or budget.
 
     Example:
         >>> from gammaopt.online import MLP, Staircase
@@ -131,7 +137,8 @@ def train(recipe: Recipe, *, gamma: float, lr: float, seed: int, batches: Batche
         >>> record.diverged_at is None, round(record.effective_lr, 4)
         (True, 0.4642)
     """
-    positive("gamma", gamma), positive("lr", lr)
+    gamma, lr, seed = positive("gamma", gamma), positive("lr", lr), whole("seed", seed)
+    recipe = recipe.at(gamma)
     if batches is None:
         batches = Batches(recipe.stream, seed, recipe.steps, recipe.batch_size, recipe.device)
     if (batches.seed, batches.size) != (seed, recipe.batch_size) or batches.steps < recipe.steps:

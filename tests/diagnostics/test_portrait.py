@@ -71,6 +71,15 @@ def test_eta_as_unit_is_the_rate_itself(tmp_path: Path) -> None:
     assert [record.effective_lr for record in made.records] == pytest.approx([0.3, 0.3])
 
 
+def test_a_grid_may_be_given_in_numpys_numbers(tmp_path: Path) -> None:
+    grid = Grid(np.array([0.5, 2.0]), (np.float32(1.0),), tuple(np.arange(2)))  # type: ignore[arg-type]
+    assert grid == Grid((0.5, 2.0), (1.0,), (0, 1))
+    made = portrait(RECIPE, grid, tmp_path)
+    assert portrait(RECIPE, grid, tmp_path) == made == portrait(RECIPE, Grid((0.5, 2.0), (1.0,), (0, 1)), tmp_path)
+    with pytest.raises(UsageError, match=r"seeds=0\.5 is not a whole number"):
+        Grid((1.0,), (1.0,), (0.5,))  # type: ignore[arg-type]
+
+
 def test_only_new_cells_are_trained(tmp_path: Path, trained: list[Run]) -> None:
     first = portrait(RECIPE, GRID, tmp_path)
     assert len(trained) == 12

@@ -63,14 +63,15 @@ def _shapes(base: BaseShapes) -> dict[str, tuple[int | None, ...]]:
     path = Path(base)
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"base shapes {path} can't be read ({error.strerror}); give the path of a .bsh file") from None
     except UnicodeDecodeError:
         raise _not_base_shapes(path) from None
+    except (OSError, ValueError) as error:  # a path with a null byte is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"base shapes {str(path)!r} can't be read ({reason}); give the path of a .bsh file") from None
     yaml = require("yaml", "mup")
     try:
         loaded = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # 2001-99-99 is no date
         raise _not_base_shapes(path) from None
     if not isinstance(loaded, dict) or not all(isinstance(shape, list) for shape in loaded.values()):
         raise _not_base_shapes(path)

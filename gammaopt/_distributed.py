@@ -27,6 +27,8 @@ from gammaopt._errors import UsageError
 from gammaopt._plan import Plan
 
 _watching = False
+# In a wrapped model's __dict__: a SyncBatchNorm was put somewhere since θ₀'s layers were last compared with its own.
+_SYNCHRONISED = "_gammaopt_synchronised"
 
 
 def watch_ddp() -> None:
@@ -43,7 +45,14 @@ def active() -> bool:
 
 
 def _registered(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    if name == "module" and child is not None and isinstance(parent, nn.parallel.DistributedDataParallel):
+    if child is None:
+        return
+    if any(isinstance(part, nn.SyncBatchNorm) for part in child.modules()):
+        from gammaopt import _registry  # which imports this file
+
+        for model in _registry.live():
+            vars(model)[_SYNCHRONISED] = True
+    if name == "module" and isinstance(parent, nn.parallel.DistributedDataParallel):
         models = [model for model in child.modules() if "gammaopt" in vars(model)]
         for model in models:
             follow_synchronised_norms(model, model._gammaopt_reference)  # type: ignore[arg-type]
@@ -74,21 +83,31 @@ def _share(model: nn.Module, group: dist.ProcessGroup) -> None:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def _share_statistics(parallel: nn.Module, args: object) -> None:
-    """Give every rank the first one's buffers of θ₀, when and as DistributedDataParallel does with the model's own."""
-    if not parallel.will_sync_module_buffers():  # type: ignore[operator]
+    """Give every rank the first one's buffers of θ₀, when and as DistributedDataParallel does with the model's own.
+
+    Not inside ``ddp.join()``: ranks that have run out of batches mirror what torch itself sends there, not this. θ₀'s
+    statistics are then each rank's own; torch leaves the mark of that context on the module, so share them again by a
+    forward inside ``with ddp.join(enable=False)``, as for an evaluation on every rank.
+    """
+    if parallel._join_config.enable or not parallel.will_sync_module_buffers():  # type: ignore[operator, union-attr]
         return
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for model in parallel.modules():
-        reference = vars(model).get("_gammaopt_reference")
-        for buffer in reference.buffers() if reference is not None else ():
-            by_dtype.setdefault(buffer.dtype, []).append(buffer)
+    references = [vars(model).get("_gammaopt_reference") for model in parallel.modules()]
+    buffers = [buffer for reference in references if reference is not None for buffer in reference.buffers()]
     group = parallel.process_group
     source = dist.get_global_rank(group, 0)  # type: ignore[arg-type]
-    for buffers in by_dtype.values():  # one message for each dtype, not for each buffer
-        flat = torch.cat([buffer.flatten() for buffer in buffers])
+    for alike in _alike(buffers):  # one message for each kind, not for each buffer
+        flat = torch.cat([buffer.flatten() for buffer in alike])
         dist.broadcast(flat, source, group=group)  # type: ignore[arg-type]
-        for buffer, value in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        for buffer, value in zip(alike, flat.split([buffer.numel() for buffer in alike]), strict=True):
             buffer.copy_(value.view_as(buffer))
+
+
+def _alike(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    """Tensors of one dtype on one device: those that can be sent as one."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    return kinds.values()
 
 
 def follow_synchronised_norms(model: nn.Module, reference: nn.Module | None) -> None:
@@ -96,17 +115,27 @@ def follow_synchronised_norms(model: nn.Module, reference: nn.Module | None) -> 
 
     h and h₀ must be normalised alike: one over all ranks' batches, the other over this rank's would leave f ≠ 0 at the
     start, by their difference over γ.
+
+    Raises:
+        UsageError: for a ``SyncBatchNorm`` where the wrapped net had no batch normalisation.
     """
-    if reference is None:
+    if reference is None or _SYNCHRONISED not in vars(model):
         return
+    twins = dict(reference.named_modules())
     for name, module in model.named_modules():
-        if not isinstance(module, nn.SyncBatchNorm):
+        if not isinstance(module, nn.SyncBatchNorm) or isinstance(twins.get(name), nn.SyncBatchNorm):
             continue
-        twin = reference.get_submodule(name)
-        if not isinstance(twin, nn.SyncBatchNorm):
-            owner, _, leaf = name.rpartition(".")
-            converted = nn.SyncBatchNorm.convert_sync_batchnorm(twin, module.process_group)
-            reference.get_submodule(owner).add_module(leaf, converted)
+        twin = twins.get(name)
+        if not isinstance(twin, nn.modules.batchnorm._BatchNorm):
+            was = "was not there" if twin is None else f"was a {type(twin).__name__}"
+            raise UsageError(
+                f"part {name!r} of {type(model).__name__}, a SyncBatchNorm, {was} when it was wrapped; "
+                "call gammaopt.unwrap on the model and wrap it again"
+            )
+        owner, _, leaf = name.rpartition(".")
+        converted = nn.SyncBatchNorm.convert_sync_batchnorm(twin, module.process_group)
+        reference.get_submodule(owner).add_module(leaf, converted)
+    del vars(model)[_SYNCHRONISED]
 
 
 def _disagreement(model: nn.Module, first: Plan, other: Plan, fix: str) -> UsageError:

@@ -41,6 +41,11 @@ def register(model: nn.Module) -> None:
         _unwrapped.pop(id(parameter), None)
 
 
+def live() -> list[nn.Module]:
+    """The wrapped models that are alive."""
+    return list(_live.values())
+
+
 def version() -> int:
     """A number that grows when a model gets a plan or another one: optimizers then look their rates up again."""
     return _version
@@ -73,7 +78,7 @@ def owners(parameters: Sequence[Tensor]) -> list[Owner | None]:
     """
     wanted = {id(parameter) for parameter in parameters}
     found: dict[int, Owner] = {}
-    for model in list(_live.values()):
+    for model in live():
         plan: Plan = model.gammaopt  # type: ignore[assignment]
         shapes = {rule.name: rule.shape for rule in plan.rules}
         for name, parameter in model.named_parameters():

@@ -98,7 +98,9 @@ def rules_for(
         UsageError: for an override of an unknown name or role.
     """
     owners = dict(net.named_modules())
-    overrides = overrides or {}
+    overrides = {} if overrides is None else overrides
+    if not isinstance(overrides, Mapping):
+        raise UsageError(f"roles is a {type(overrides).__name__}; give a mapping of parameter names to roles")
     parameters = dict(net.named_parameters())
     for name, role in overrides.items():
         if role not in STATED:

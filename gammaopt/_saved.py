@@ -39,7 +39,7 @@ def numbers(plan: Plan) -> tuple[float, ...]:
 
 def same(saved: float, ours: float, dtype: torch.dtype) -> bool:
     """Equal up to rounding: a checkpoint may be an average of others, or cast to half precision."""
-    return math.isclose(saved, ours, rel_tol=max(1e-12, torch.finfo(dtype).eps), abs_tol=1e-12)
+    return math.isclose(saved, ours, rel_tol=max(1e-12, torch.finfo(dtype).eps))
 
 
 def adopted(saved: Tensor, plan: Plan) -> Plan:
@@ -70,9 +70,18 @@ def disagreements(saved: Tensor, plan: Plan, *, same_shapes: bool = True) -> lis
         plan: of the model that is to load it.
         same_shapes: whether the networks have the same widths; otherwise their width factors differ anyway.
     """
+    unreadable = _unreadable(saved)
+    if unreadable:
+        return [unreadable]
     theirs, ours = _compared(saved, plan)
     lines = []
-    if theirs[0] != ours[0]:
+    if theirs[0] != ours[0] and saved.dtype != torch.float64 and theirs[0] == float(torch.tensor(ours[0]).to(saved)):
+        dtype = str(saved.dtype).removeprefix("torch.")
+        lines.append(
+            f"the checkpoint was cast to {dtype}, which can't hold the γ = {ours[0]:g} of this model; "
+            f"leave {PLAN!r} in float64 when you cast one"
+        )
+    elif theirs[0] != ours[0]:
         lines.append(
             f"the checkpoint was saved at γ = {theirs[0]:g} and this model is wrapped with γ = {ours[0]:g}; "
             "wrap the net with the checkpoint's γ"
@@ -115,7 +124,33 @@ def misfit(model: nn.Module, saved: Mapping[str, Any]) -> tuple[list[str], list[
     others = _network(model, here, there) + _centring(model, saved) if here.keys() & there.keys() else []
     if PLAN not in there:
         return [], others
-    return disagreements(saved[PLAN], plan, same_shapes=all(there.get(name) == here[name] for name in here)), others
+    return disagreements(
+        saved[PLAN], plan, same_shapes=all(there.get(name, here[name]) == here[name] for name in here)
+    ), others
+
+
+def _unreadable(saved: Any) -> str:
+    """What is wrong with an entry that holds no numbers of a plan; empty if nothing is."""
+    if not isinstance(saved, Tensor):
+        what = f"a {type(saved).__name__}"
+    elif saved.dim() != 1 or not saved.numel() or not saved.is_floating_point():
+        what = f"of shape {tuple(saved.shape)} and {str(saved.dtype).removeprefix('torch.')}"
+    elif saved.is_meta:
+        what = "on the meta device"
+    elif not _in_range(saved.tolist()):
+        what = str(saved.tolist())
+    else:
+        return ""
+    return (
+        f"the checkpoint's {PLAN!r} is {what}, not the numbers of a plan; take it from a wrapped model's state_dict()"
+    )
+
+
+def _in_range(values: list[float]) -> bool:
+    """Whether they may be a plan's: γ may be infinite, after a cast."""
+    if math.isnan(values[0]) or not all(map(math.isfinite, values[1:])):
+        return False
+    return len(values) < 8 or (0 <= round(values[5]) < len(FORMS) and 0 <= round(values[7]) < len(LOSSES))
 
 
 def _compared(saved: Tensor, plan: Plan) -> tuple[tuple[float, ...], tuple[float, ...]]:

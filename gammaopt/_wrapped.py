@@ -142,7 +142,8 @@ class Wrapped(nn.Module):
         Raises:
             CheckpointError: a ``RuntimeError`` as torch's own, for a checkpoint of a plain network, or of one at
                 another γ, parametrization, base, depth, width or centring. Where γ or the rates differ, the model is
-                left as it was.
+                left as it was; as a part of a larger one, or inside DistributedDataParallel, its weights are copied
+                before that is seen.
         """
         of_plan, others = _saved.misfit(self, state_dict) if isinstance(state_dict, Mapping) else ([], [])
         if of_plan:  # before anything is copied into the model
@@ -172,7 +173,8 @@ class Wrapped(nn.Module):
         state_dict.update(theta0)
         if saved is not None:
             state_dict[prefix + PLAN] = saved
-            self._adopt(saved, error_msgs)
+            sizes = ((state_dict.get(prefix + name), mine.shape) for name, mine in self.named_parameters())
+            self._adopt(saved, error_msgs, all(theirs is None or theirs.shape == mine for theirs, mine in sizes))
         ours = {name.removeprefix(start): tensor for name, tensor in theta0.items()}
         if self._gammaopt_reference is None:
             unexpected_keys.extend(start + name for name in ours)
@@ -193,9 +195,9 @@ class Wrapped(nn.Module):
         missing_keys.extend(start + name for name in keys.missing_keys)
         unexpected_keys.extend(start + name for name in keys.unexpected_keys)
 
-    def _adopt(self, saved: Tensor, error_msgs: list[str]) -> None:
+    def _adopt(self, saved: Tensor, error_msgs: list[str], same_shapes: bool) -> None:
         """Take depth and knee from a checkpoint: measured anew on another draw they would give other rates."""
-        lines = _saved.disagreements(saved, self.gammaopt)
+        lines = _saved.disagreements(saved, self.gammaopt, same_shapes=same_shapes)
         if lines:
             error_msgs.extend(lines)
             return

@@ -89,6 +89,7 @@ def test_bad_bases_are_named(tmp_path: Path) -> None:
         "binary": bytes(range(256)),
         "empty": b"",
         "flat": b"a: 1\n",
+        "no date": b"a: 2001-99-99\n",
     }
     for name, content in not_shapes.items():
         (tmp_path / f"{name}.bsh").write_bytes(content)
@@ -96,11 +97,12 @@ def test_bad_bases_are_named(tmp_path: Path) -> None:
     cases: list[tuple[Any, str]] = [
         (MLP(20, 3, width=32, depth=2, bias=True), r"parameter '5.weight' of net is not in base"),
         ({"1.weight": (32, 20)}, r"parameter '1.bias' of net is not in base"),
-        (tmp_path / "none.bsh", r"none.bsh can't be read \(No such file or directory\)"),
+        (tmp_path / "none.bsh", r"none.bsh' can't be read \(No such file or directory\)"),
         *(
             (tmp_path / f"{name}.bsh", rf"{name}.bsh is not a file of base shapes; make one with mup.make_base_shapes")
             for name in not_shapes
         ),
+        ("a\0b", r"^base shapes 'a\\x00b' can't be read \(.*null.*\); give the path of a .bsh file$"),
         ({**shapes, "1.weight": (20,)}, r"is \(64, 20\) in net and \(20,\)"),
         *(
             ({**shapes, "1.weight": bad}, r"^base shape of '1.weight' is .*; give a tuple of integers >= 1$")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -306,3 +307,10 @@ def test_roles_are_stated_where_modules_do_not_tell_and_misspellings_are_named()
         wrap(other, 1.0, depth=3, roles={"0.weight": "matrix"})  # type: ignore[dict-item]
     with pytest.raises(UsageError, match=r"^unknown role 'other' for parameter '0.weight'"):  # it says nothing
         wrap(other, 1.0, depth=3, roles={"0.weight": "other"})
+
+
+def test_roles_that_are_no_mapping() -> None:
+    net: Any = MLP(6, 3)
+    roles: Any = ["1.weight"]
+    with pytest.raises(UsageError, match=r"^roles is a list; give a mapping of parameter names to roles$"):
+        wrap(net, 1.0, depth=3, roles=roles)

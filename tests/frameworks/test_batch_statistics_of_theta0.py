@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gammaopt
-from gammaopt import unwrap, wrap
+from gammaopt import UsageError, _distributed, unwrap, wrap
 
 
 def net() -> nn.Sequential:
@@ -60,7 +61,22 @@ def on_both_ranks(rank: int, folder: Path) -> dict[str, Any]:
         accumulated(batch(0, rank)[0]).square().mean().backward()
     accumulated(batch(1, rank)[0]).square().mean().backward()
     result["synchronised"] = synchronised(rank)
+    result["joined"] = joined(rank)
     return result
+
+
+def joined(rank: int) -> dict[str, Any]:
+    """Rank 0 has two batches less."""
+    model: Any = wrap(net(), 0.1, depth=2)
+    ddp = DistributedDataParallel(model)
+    before = [buffer.clone() for buffer in model.gammaopt_theta0.buffers()]
+    with ddp.join():
+        train(rank, ddp, steps=2 + 2 * rank)
+    count = int(model.gammaopt_theta0[1].num_batches_tracked) - int(before[2])
+    with ddp.join(enable=False):
+        ddp.eval()(batch(99, 0)[0])  # shared again
+    theta0 = [buffer.clone() for buffer in model.gammaopt_theta0.buffers()]
+    return {"theta0": theta0, "theta": [p.detach() for p in model.parameters()], "batches": count}
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +91,20 @@ def test_every_rank_evaluates_the_same_function(ranks: list[Any]) -> None:
     assert torch.equal(first["f"], second["f"])
     assert first["f"].abs().max() > 0.01
     assert [rank["copy"] for rank in ranks] == [0, 0]
+
+
+def test_ranks_with_fewer_batches_join(ranks: list[Any]) -> None:
+    """Ranks that have joined mirror torch's own messages only; one more of ours would be waited for."""
+    first, second = (rank["joined"] for rank in ranks)
+    assert [first["batches"], second["batches"]] == [2, 4]
+    for key in ("theta", "theta0"):
+        assert all(torch.equal(a, b) for a, b in zip(first[key], second[key], strict=True))
+
+
+def test_buffers_that_are_sent_as_one_are_of_one_dtype_and_device() -> None:
+    here, elsewhere = torch.zeros(2), torch.zeros(3, device="meta")
+    kinds = list(_distributed._alike([here, elsewhere, torch.tensor(1), torch.zeros(4)]))
+    assert [[tuple(tensor.shape) for tensor in kind] for kind in kinds] == [[(2,), (4,)], [(3,)], [()]]
 
 
 def test_buffers_that_ddp_was_told_to_leave_alone_are_left_alone(ranks: list[Any]) -> None:
@@ -110,6 +140,19 @@ def synchronised(rank: int) -> dict[str, Any]:
     part[1] = nn.SyncBatchNorm.convert_sync_batchnorm(part[1])
     part.eval()(x)
     result["a part"] = classes(part)
+    group = dist.new_group([0, 1])
+    grouped: Any = nn.SyncBatchNorm.convert_sync_batchnorm(wrap(net(), 0.1, depth=2), group)
+    grouped.eval()(x)
+    result["group"] = grouped[1].process_group is group and grouped.gammaopt_theta0[1].process_group is group
+    for position, words in ((4, "was not there"), (2, "was a ReLU")):
+        changed: Any = wrap(net(), 0.1, depth=2)
+        built = nn.SyncBatchNorm(3 if position == 4 else 8)
+        changed.eval()(x)
+        changed.add_module(str(position), built)
+        try:
+            changed.eval()(x)
+        except UsageError as error:
+            result[words] = str(error)
     return result
 
 
@@ -118,6 +161,12 @@ def test_synchronised_batch_normalisation_after_wrapping_reaches_theta0(ranks: l
         assert rank["before"] == ["SyncBatchNorm", "BatchNorm1d"]
         for when in ("at a forward", "by DDP", "a part"):
             assert rank[when] == ["SyncBatchNorm"] * 2
+        assert rank["group"]
+        for position, words in ((4, "was not there"), (2, "was a ReLU")):
+            assert rank[words] == (
+                f"part '{position}' of GammaSequential, a SyncBatchNorm, {words} when it was wrapped; "
+                "call gammaopt.unwrap on the model and wrap it again"
+            )
         assert rank["f"] == 0
         assert rank["frozen"]
         assert rank["keys"]

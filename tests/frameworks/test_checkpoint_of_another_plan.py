@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import warnings
 from typing import Any
 
@@ -10,7 +12,8 @@ import torch
 from torch import nn
 
 import gammaopt
-from gammaopt import UsageError, wrap
+from gammaopt import Plan, UsageError, wrap
+from gammaopt._plan import Scale
 from gammaopt.online import MLP
 
 BASES = {"base": 8, "another base": 32}  # the net's own width is 16
@@ -71,6 +74,10 @@ def test_other_roles_are_refused_where_they_change_rates() -> None:
     saved = build("weight", "mean_field").state_dict()
     with pytest.raises(UsageError, match=r"^the checkpoint was saved with another roles=, where one lr means other ra"):
         build("embedding", "mean_field").load_state_dict(saved)
+    # Role pairs whose rates differ under SGD alone (6 and 1), and under Adam alone (1/6 and 1).
+    for role, other in (("embedding", "scalar"), ("weight", "scalar")):
+        with pytest.raises(UsageError, match=r"^the checkpoint was saved with another roles="):
+            build(other, "mean_field").load_state_dict(build(role, "mean_field").state_dict())
     build("weight", "mean_field").load_state_dict(saved)
     build("weight", "as_is").load_state_dict(build("embedding", "as_is").state_dict())
 
@@ -106,6 +113,68 @@ def test_checkpoint_of_another_version_of_the_plan() -> None:
     saved = {**model.state_dict(), "gammaopt_plan": torch.tensor([2.0, 3, 1], dtype=torch.float64)}
     with pytest.raises(UsageError, match=r"^the checkpoint's 'gammaopt_plan' has 3 numbers and 8 are known here; load"):
         model.load_state_dict(saved)
+
+
+def test_a_partial_checkpoint_of_another_base_copies_nothing() -> None:
+    source, model = wrapped("base"), wrapped("another base")
+    with torch.no_grad():
+        next(source.parameters()).add_(1)
+    saved = source.state_dict()
+    del saved["5.weight"]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UsageError, match=r"^the checkpoint was saved with another base= or roles=") as caught:
+        model.load_state_dict(saved, strict=False)
+    assert "another depth" in str(caught.value).splitlines()[1]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_another_width_is_not_said_to_be_other_roles(inside: bool) -> None:
+    narrow, wide = (wrap(MLP(6, 3, width=w), 2.0, depth=3, parametrization="mean_field") for w in (8, 16))
+    parts: list[nn.Module] = [nn.Sequential(each) if inside else each for each in (narrow, wide)]
+    with pytest.raises(RuntimeError, match="size mismatch") as caught:
+        parts[1].load_state_dict(parts[0].state_dict())
+    assert "roles=" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "line"),
+    [
+        (torch.tensor(2.0), r"is of shape \(\) and float32, not the numbers of a plan"),
+        (torch.ones(8, dtype=torch.int64), r"is of shape \(8,\) and int64, not the numbers of a plan"),
+        (torch.ones(8, device="meta"), r"is on the meta device, not the numbers of a plan"),
+        (torch.full((8,), torch.nan), r"is \[nan, .*\], not the numbers of a plan"),
+        (torch.tensor([torch.nan, 3, 1, 1, 1, 0, 0, 0]), r"is \[nan, .*\], not the numbers of a plan"),
+        (torch.tensor([2.0, 3, 1, 1, 1, 7, 0, 0]), r"is \[2.0, .*\], not the numbers of a plan"),
+        (torch.tensor([2.0, 3, 1, 1, 1, 0, 0, 2]), r"is \[2.0, .*\], not the numbers of a plan"),
+        ([2.0, 3, 1], r"is a list, not the numbers of a plan"),
+    ],
+)
+def test_an_entry_that_is_no_plan(entry: Any, line: str) -> None:
+    model = wrapped("as_is")
+    with pytest.raises(UsageError, match=rf"the checkpoint's 'gammaopt_plan' {line}"):
+        model.load_state_dict({**model.state_dict(), "gammaopt_plan": entry})
+
+
+@pytest.mark.parametrize("gamma", [1e-5, 1e5])
+def test_a_gamma_that_half_precision_can_not_hold_is_said_to_be_lost_in_the_cast(gamma: float) -> None:
+    model = wrapped("as_is", gamma, center="none")
+    saved = {name: value.half() for name, value in model.state_dict().items()}
+    line = (
+        rf"^the checkpoint was cast to float16, which can't hold the γ = {gamma:g} of this model; leave "
+        r"'gammaopt_plan' in float64 when you cast one$"
+    )
+    with pytest.raises(UsageError, match=line):
+        model.load_state_dict(saved)
+    model.load_state_dict({**saved, "gammaopt_plan": model.state_dict()["gammaopt_plan"]})
+
+
+def test_the_fingerprint_does_not_hang_on_the_last_bit_of_a_decimal_tie(monkeypatch: pytest.MonkeyPatch) -> None:
+    fingerprints = set()
+    for factor in (1.0005, math.nextafter(1.0005, 0), math.nextafter(1.0005, 2), 1.003):
+        monkeypatch.setattr(Plan, "_width_factors", lambda *_, factor=factor: Scale(factor))
+        fingerprints.add(dataclasses.replace(wrapped("as_is").gammaopt).fingerprint)
+    assert len(fingerprints) == 2
 
 
 @pytest.mark.parametrize("other", ["zero_readout", "none"])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import gammaopt
 from gammaopt._errors import UsageError
 from gammaopt._laws import Loss
 from gammaopt._plan import Parametrization
@@ -224,6 +225,15 @@ def test_a_checkpoint_of_other_runs_is_not_used(tmp_path: Path, monkeypatch: pyt
     assert train_many(RECIPE, RUNS[2:4], checkpoint=path) == train_many(RECIPE, RUNS[2:4])
 
 
+def with_tanh(net: nn.Module) -> nn.Module:
+    """The network with another activation: the same parameters by name, shape and rate."""
+    for module in list(net.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.ReLU):
+                setattr(module, name, nn.Tanh())
+    return net
+
+
 def stopped(recipe: Recipe, runs: list[Run], path: Path, budgets: tuple[int, ...] = ()) -> None:
     def stop(progress: ensemble.Progress) -> None:
         if 0.5 * progress.total < progress.done:
@@ -239,11 +249,12 @@ def stopped(recipe: Recipe, runs: list[Run], path: Path, budgets: tuple[int, ...
     [
         ({}, (5, 20)),
         ({"build": partial(MLP, 144, 10, width=8)}, (20,)),
+        ({"build": lambda: with_tanh(build())}, (20,)),
         ({"depth": 4.0}, (20,)),
         ({"parametrization": "as_is", "knee": 2.0}, (20,)),
         ({"base": partial(MLP, 144, 10, width=4)}, (20,)),
     ],
-    ids=["budgets", "width", "depth", "knee", "base"],
+    ids=["budgets", "width", "activation", "depth", "knee", "base"],
 )
 def test_a_checkpoint_of_the_same_runs_but_another_network_law_or_budgets_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], budgets: tuple[int, ...]
@@ -272,6 +283,72 @@ def test_a_grown_set_of_runs_goes_on_with_the_stack_of_its_checkpoint(
         train_many(RECIPE, RUNS[:6], checkpoint=path, on_progress=told.append), train_many(RECIPE, RUNS[:6]), 1e-12
     )
     assert told[-1].restored >= 3 * 20
+    assert not path.exists()
+
+
+def test_a_checkpoint_of_other_versions_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ensemble, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(ensemble, "LOOK_EVERY", 4)
+    recipe = dataclasses.replace(RECIPE, steps=20)
+    for package in (gammaopt, torch):
+        stopped(recipe, RUNS[:2], path := tmp_path / "stack.pt")
+        told: list[ensemble.Progress] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(package, "__version__", "0.0")
+            train_many(recipe, RUNS[:2], checkpoint=path, on_progress=told.append)
+        assert told[-1].restored == 0
+
+
+def test_a_kill_while_a_finished_stack_is_handed_over_takes_no_step_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ensemble, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(ensemble, "LOOK_EVERY", 10)
+    runs, path = [*RUNS[:4], Run(1.0, 1e9, 3), RUNS[4]], tmp_path / "stack.pt"
+    whole = dict(zip(runs, train_many(RECIPE, runs), strict=True))
+    kept: list[Run] = []
+
+    def fill_up(run: Run, records: list[RunRecord]) -> None:
+        if len(kept) == 3:
+            raise StoppedError
+        kept.append(run)
+        assert records == [whole[run]]
+
+    with pytest.raises(StoppedError):
+        train_many(RECIPE, runs, checkpoint=path, on_done=fill_up)
+    told: list[ensemble.Progress] = []
+    left = [run for run in runs if run not in kept]
+    rest = train_many(RECIPE, [*left, *RUNS[6:8]], checkpoint=path, on_progress=told.append)
+    assert rest[:3] == [whole[run] for run in left]
+    assert told[-1] == (5 * 60, 5 * 60, 3 * 60)
+    assert not path.exists()
+
+
+def test_a_begun_stack_in_float64_goes_on_ahead_of_a_new_one_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ensemble, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(ensemble, "LOOK_EVERY", 10)
+    recipe = dataclasses.replace(RECIPE, dtype=torch.float32)
+    stopped(recipe, [Run(0.005, 1.0, 3)], path := tmp_path / "stack.pt")
+    told: list[ensemble.Progress] = []
+    train_many(recipe, [Run(1.0, 1.0, 3), Run(0.005, 1.0, 3)], checkpoint=path, on_progress=told.append)
+    assert told[-1].restored == 30
+
+
+def test_a_checkpoint_of_other_runs_is_left_by_a_call_that_writes_none(tmp_path: Path) -> None:
+    def stop(progress: ensemble.Progress) -> None:
+        raise ensemble.StopTraining
+
+    path, recipe = tmp_path / "stack.pt", dataclasses.replace(RECIPE, steps=55)
+    with pytest.raises(ensemble.StopTraining):
+        train_many(recipe, RUNS[:2], checkpoint=path, on_progress=stop)
+    before = path.read_bytes()
+    train_many(recipe, RUNS[2:4], checkpoint=path)
+    assert path.read_bytes() == before
+    told: list[ensemble.Progress] = []
+    train_many(recipe, RUNS[:2], checkpoint=path, on_progress=told.append)
+    assert told[-1].restored == 2 * 50
     assert not path.exists()
 
 
@@ -368,6 +445,23 @@ def test_out_of_memory_halves_the_stack_and_goes_on(monkeypatch: pytest.MonkeyPa
     assert_same(train_many(RECIPE, RUNS, on_progress=told.append), whole, 1e-12)
     assert set(sizes) >= {12, 6, 3}
     assert max(progress.done for progress in told) == told[-1].done == told[-1].total
+
+
+def test_a_stack_too_large_to_be_made_takes_no_progress_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    make = stack_module.Stack.__init__
+
+    def tight(self: stack_module.Stack, seeds: stack_module.Seeds, runs: list[Run], *, alone: bool = False) -> None:
+        made.append(len(runs))
+        if len(made) == 2:
+            raise torch.OutOfMemoryError("too much")
+        make(self, seeds, runs, alone=alone)
+
+    monkeypatch.setattr(stack_module.Stack, "__init__", tight)
+    told: list[ensemble.Progress] = []
+    train_many(RECIPE, RUNS[:4], stack=2, on_progress=told.append)
+    assert made == [2, 2, 1, 1]
+    assert told[-1] == (4 * 60, 4 * 60, 0)
 
 
 class Branching(nn.Module):

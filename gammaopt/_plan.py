@@ -176,10 +176,11 @@ def _muon(rule: Rule, adam: Scale, adjust_lr_fn: str | None) -> Scale:
     """
     if len(rule.shape) < 2 or not (rule.fan_in or rule.role == "embedding"):
         return adam
-    rows, columns = rule.shape[0], rule.fan_in or math.prod(rule.shape[1:])
+    rows, columns = rule.shape[0], math.prod(rule.shape[1:])
     larger = math.sqrt(max(rows, columns))
     unclamped = math.sqrt(rows / columns)
-    wanted = larger if rule.role == "embedding" else unclamped
+    # What torch takes for outputs × inputs may be inputs × outputs: √(outputs/inputs) is read off the fan-in.
+    wanted = math.sqrt(rows * columns / rule.fan_in / rule.fan_in) if rule.fan_in else larger
     given = {"match_rms_adamw": larger, "spectral_unclamped": unclamped}.get(str(adjust_lr_fn), max(1.0, unclamped))
     # eps is compared with the norm of the whole gradient, Adam's with an entry.
     return Scale(wanted / given, adam.eps * math.sqrt(rows * columns))

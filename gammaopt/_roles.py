@@ -71,12 +71,26 @@ def fan_in(layer: nn.Module, shape: tuple[int, ...]) -> float:
     """
     if isinstance(layer, TRANSPOSED):
         return shape[0] / layer.groups * max(1.0, math.prod(shape[2:]) / math.prod(layer.stride))
-    return float(math.prod(shape[1:]))
+    return float(shape[0] if _input_first(layer) else math.prod(shape[1:]))
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether ``module`` is a Linear or Conv layer, the ``Conv1D`` of Hugging Face's GPT-2 included."""
+    return isinstance(module, LAYERS) or _input_first(module)
+
+
+def _input_first(module: nn.Module) -> bool:
+    """``transformers.pytorch_utils.Conv1D``: a Linear layer whose weight is (in, out). Known by its looks: it is not
+    imported."""
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ != "Conv1D" or not isinstance(weight, nn.Parameter):
+        return False
+    return tuple(weight.shape) == (getattr(module, "nx", None), getattr(module, "nf", None))
 
 
 def layers_in_order(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Linear and Conv layers by qualified name, in the order of registration."""
-    return ((name, module) for name, module in net.named_modules() if isinstance(module, LAYERS))
+    return ((name, module) for name, module in net.named_modules() if is_layer(module))
 
 
 def rules_for(
@@ -122,10 +136,10 @@ def _stated(name: str, shape: tuple[int, ...], role: Role) -> Rule:
 
 
 def _read_off(name: str, leaf: str, shape: tuple[int, ...], owner: nn.Module, *, is_readout: bool) -> Rule:
-    if isinstance(owner, LAYERS) and leaf == "weight":
+    if is_layer(owner) and leaf == "weight":
         fresh = not _low_rank(name)
         return Rule(name, shape, "readout weight" if is_readout else "weight", fan_in(owner, shape), fresh=fresh)
-    if isinstance(owner, LAYERS) and leaf == "bias":
+    if is_layer(owner) and leaf == "bias":
         return Rule(name, shape, "readout bias" if is_readout else "bias", fresh=True)
     if isinstance(owner, LOOKUPS) and leaf == "weight":
         return Rule(name, shape, "embedding", fresh=True)

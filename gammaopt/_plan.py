@@ -132,6 +132,9 @@ class Plan:
     def table(self, lr: float = 1.0, optimizer: OptimizerFamily = "sgd") -> str:
         """The plan as text: parameter, shape, role, multiplier, effective rate ``lr``·multiplier.
 
+        A parameter that was frozen when the network was wrapped has "frozen" for its rate; unfrozen, it has its
+        multiplier.
+
         Raises:
             UsageError: for an ``lr`` that is negative or not finite.
         """
@@ -140,7 +143,8 @@ class Plan:
         rows = [("parameter", "shape", "role", "multiplier", "effective rate")]
         for rule, multiplier in zip(self.rules, self.multipliers(optimizer).values(), strict=True):
             shape = "×".join(map(str, rule.shape)) or "scalar"
-            rows.append((rule.name, shape, rule.role, f"{multiplier:.4g}", f"{lr * multiplier:.4g}"))
+            stepped = "frozen" if rule.frozen else f"{lr * multiplier:.4g}"
+            rows.append((rule.name, shape, rule.role, f"{multiplier:.4g}", stepped))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))

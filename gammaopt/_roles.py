@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from torch import nn
@@ -44,7 +44,7 @@ class Rule:
     """One parameter: its name, shape and role, and for a weight its fan-in.
 
     ``fresh`` marks what ``mean_field`` draws anew: weights, embeddings and biases of known layers; not norms, not
-    tokens, not low-rank adapters, whose zero is meant.
+    tokens, not low-rank adapters, whose zero is meant. ``frozen`` is how it was when the network was wrapped.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Rule:
     role: Role
     fan_in: float | None = None
     fresh: bool = False
+    frozen: bool = False
 
     @property
     def scale(self) -> float | None:
@@ -124,9 +125,10 @@ def rules_for(
         prefix, _, leaf = name.rpartition(".")
         shape = shapes[name] if shapes is not None else tuple(parameter.shape)
         if name in overrides:
-            rules.append(_stated(name, shape, overrides[name]))
+            rule = _stated(name, shape, overrides[name])
         else:
-            rules.append(_read_off(name, leaf, shape, owners[prefix], is_readout=prefix == readout))
+            rule = _read_off(name, leaf, shape, owners[prefix], is_readout=prefix == readout)
+        rules.append(replace(rule, frozen=not parameter.requires_grad))
     return tuple(rules)
 
 

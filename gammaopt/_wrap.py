@@ -16,7 +16,7 @@ from torch import nn
 
 from gammaopt import _distributed, _registry, _residual
 from gammaopt._base import BaseShapes, base_of
-from gammaopt._depth import effective_depth
+from gammaopt._depth import effective_depth, hidden_by_zeros
 from gammaopt._errors import UsageError, one_of, positive
 from gammaopt._knee import knee as measure_knee
 from gammaopt._laws import SMALLEST_FLOAT32_GAMMA, Loss
@@ -49,7 +49,8 @@ def wrap(
     r"""Make ``net`` compute f(x; θ) = [h(x; θ) − h(x; θ₀)]/γ, in place, and plan its learning rates.
 
     Returns the same object; its class becomes a subclass of the class it had. θ₀ are the parameters at this call
-    (after re-initialisation under ``mean_field``), so f = 0 exactly until the first step. Follow with
+    (after re-initialisation under ``mean_field``), so f = 0 until the first step: exactly, or to rounding where torch's
+    kernel for h differs from that for h₀, as a recurrent layer's may. Follow with
     ``gammaopt.SGD(net.parameters(), lr=…)``, where ``lr`` is the rate tuned at γ = 1; it looks the rates up in the
     wrapped model, which must still be referenced then. A plain ``torch.optim`` optimizer, built before or after, steps
     the same parameters at ``lr`` without γ, and nothing says so: it is also what takes :func:`param_groups`.
@@ -57,7 +58,9 @@ def wrap(
     Args:
         net: the network h.
         gamma: feature-learning strength γ > 0: small is lazy (kernel-like), large is rich.
-        depth: effective depth L; measured from ``example_inputs`` if not given, with biases at 0.
+        depth: effective depth L; measured from ``example_inputs`` if not given, with biases at 0. Give it where
+            trainable weights start at 0, as a low-rank adapter's do: what is measured then is too small, rates above
+            the knee are too high, and a warning says so.
         example_inputs: one batch (a tensor, a tuple of positional or a dict of keyword arguments). Also tells which
             layer is the readout, the last to run of those that h depends on: without it the readout is the Linear or
             Conv layer registered last.
@@ -123,10 +126,17 @@ def wrap(
     if reference_base is not None:
         _scale_readout(start, rules, reference_base)
     if depth is None:
-        depth = effective_depth(start, cast("Inputs", example_inputs), output=output, zero_biases=True)
-        depth = _rounded(depth)
+        batch = cast("Inputs", example_inputs)
+        depth = _rounded(effective_depth(start, batch, output=output))
+        hidden = hidden_by_zeros(start, batch, output, depth)
         if not depth > 0:
-            raise UsageError(f"the measured depth of {type(net).__name__} is {depth:.3g}; give depth= > 0")
+            raise UsageError(
+                f"the measured depth of {type(net).__name__} is {depth:.3g}; {hidden or 'give depth= > 0'}"
+            )
+        if hidden is not None:
+            warnings.warn(
+                f"the measured depth of {type(net).__name__} is {depth:.3g} and too small: {hidden}", stacklevel=2
+            )
     if knee is None:
         measured = parametrization == "as_is" and example_inputs is not None
         knee = _rounded(measure_knee(start, cast("Inputs", example_inputs), output=output)) if measured else 1.0
@@ -298,14 +308,19 @@ def _check_net(net: nn.Module) -> None:
 
 def _check_rules(net: nn.Module, rules: tuple[Rule, ...]) -> None:
     """Width scaling needs every role, and each weight in one place."""
-    for rule in rules:
-        if rule.role == "other":
-            owner = type(net.get_submodule(rule.name.rpartition(".")[0])).__name__
-            raise UsageError(
-                f"parameter {rule.name!r} {rule.shape} of {owner} has no known scaling with width; "
-                f"say its role with roles={{{rule.name!r}: …}} (one of: {', '.join(STATED)}), "
-                "or wrap with parametrization='as_is'"
-            )
+    unknown = [rule for rule in rules if rule.role == "other"]
+    if unknown:
+        owners = [type(net.get_submodule(rule.name.rpartition(".")[0])).__name__ for rule in unknown]
+        listed = ", ".join(
+            f"{rule.name!r} {rule.shape} of {owner}" for rule, owner in zip(unknown, owners, strict=True)
+        )
+        stated = ", ".join(f"{rule.name!r}: …" for rule in unknown)
+        many = len(unknown) > 1
+        raise UsageError(
+            f"parameter{'s' if many else ''} {listed} {'have' if many else 'has'} no known scaling with width; "
+            f"say {'their roles' if many else 'its role'} with roles={{{stated}}} (one of: {', '.join(STATED)}), "
+            "or wrap with parametrization='as_is'"
+        )
     if not any(rule.role == "readout weight" for rule in rules):
         names = {name for name, _ in net.named_parameters()}
         tied = [name for name, _ in net.named_parameters(remove_duplicate=False) if name not in names]

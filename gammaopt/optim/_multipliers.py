@@ -89,22 +89,25 @@ class Multipliers(Optimizer):
         if not isinstance(lr, Tensor) or lr.numel() == 1:
             positive("lr", float(lr.detach()) if isinstance(lr, Tensor) else lr)
 
-    def _check_group_lr(self, index: int) -> None:
-        """Torch checks the lr of the constructor only; a group's own would be stepped with, negative or NaN.
+    def _check_group_lr(self, index: int, at_least: float = -math.inf) -> None:
+        """Refuse a group's own lr that is no number, not finite, or too small; torch checks the constructor's only.
 
-        0 is allowed: schedulers write it, and a group may be held still. Numbers only: reading a tensor would wait for
-        its device at every step. Not in a compiled step either, which would be compiled anew for each value.
+        A new group's must be >= 0, as the constructor's. Later a scheduler may write 0, and by rounding, or one step
+        after its last, a negative one (``LinearLR`` to 0, a linear ``OneCycleLR``): torch steps with that, and so do
+        we. Numbers only: reading a tensor would wait for its device at every step. Not in a compiled step either,
+        which would be compiled anew for each value.
         """
         lr = self.param_groups[index]["lr"]
         if isinstance(lr, Tensor) or torch.compiler.is_compiling():
             return
-        if isinstance(lr, (str, bool)) or not 0 <= lr < math.inf:
-            raise UsageError(f"lr={lr!r} of param_groups[{index}] is not allowed; give a finite lr >= 0")
+        if not _is_number(lr) or not at_least <= lr or not math.isfinite(lr):
+            wanted = "" if at_least == -math.inf else f" >= {at_least:g}"
+            raise UsageError(f"lr={lr!r} of param_groups[{index}] is not allowed; give a finite lr{wanted}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
-            self._check_group_lr(len(self.param_groups) - 1)
+            self._check_group_lr(len(self.param_groups) - 1, at_least=0)
             scales = self._resolve(self.param_groups[-1]["params"])
         except BaseException:
             self.param_groups.pop()
@@ -144,25 +147,32 @@ class Multipliers(Optimizer):
         if self._law is not None:
             for group in self.param_groups:
                 self._from_law(group["params"], 0)  # refuses what a model that was wrapped since has taken
-        elif all(all(_registry.owners(group["params"])) for group in self.param_groups):
-            self._scales = [self._owned(group) for group in self.param_groups]
         else:
-            self._check_still_wrapped()
+            fresh = [self._refreshed(*pair) for pair in zip(self.param_groups, self._scales, strict=False)]
+            self._scales = fresh + self._scales[len(fresh) :]
         self._version = _registry.version()
 
-    def _check_still_wrapped(self) -> None:
-        """Refuse to step a network that was unwrapped: it computes h, whose rates are not those of f.
+    def _refreshed(self, group: dict[str, Any], kept: GroupScales) -> GroupScales:
+        """The scales of a group as the live plans have them.
 
-        Parameters of no model at all, as in a copy of the optimizer alone, keep the rates they had.
+        Parameters of no model at all, as in a copy of the optimizer alone, keep the rates they had. A network that was
+        unwrapped is refused: it computes h, whose rates are not those of f.
         """
-        for group, scales in zip(self.param_groups, self._scales, strict=False):
-            for parameter, name in zip(group["params"], scales.names, strict=False):
-                if _registry.was_unwrapped(parameter):
-                    raise UsageError(
-                        f"the model of parameter {name!r} was unwrapped since this {type(self).__name__} was built, "
-                        "and its rates are those of the wrapped one; build a torch.optim optimizer for the plain "
-                        "network, or wrap it again"
-                    )
+        parameters = group["params"]
+        live = [owner is not None for owner in _registry.owners(parameters)]
+        for parameter, name, owned in zip(parameters, kept.names, live, strict=False):
+            if not owned and _registry.was_unwrapped(parameter):
+                raise UsageError(
+                    f"the model of parameter {name!r} was unwrapped since this {type(self).__name__} was built, "
+                    "and its rates are those of the wrapped one; build a torch.optim optimizer for the plain "
+                    "network, or wrap it again"
+                )
+        if len(parameters) != len(kept.scales) or not any(live):
+            return kept
+        found = self._owned({**group, "params": [each for each, owned in zip(parameters, live, strict=True) if owned]})
+        new, old = (iter(zip(each.scales, each.names, strict=True)) for each in (found, kept))
+        merged = [(next(old), next(new))[1] if owned else next(old) for owned in live]
+        return GroupScales(tuple(scale for scale, _ in merged), tuple(name for _, name in merged))
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {"_scales": self._scales, "_law": self._law}
@@ -176,7 +186,9 @@ class Multipliers(Optimizer):
         self._check_groups()
         rates: dict[str, float] = {}
         seen: Counter[str] = Counter()
-        for group, scales in zip(self.param_groups, self._scales, strict=True):
+        for index, (group, scales) in enumerate(zip(self.param_groups, self._scales, strict=True)):
+            if not isinstance(group["lr"], Tensor) and not _is_number(group["lr"]):
+                raise UsageError(f"lr={group['lr']!r} of param_groups[{index}] is not a number; give a finite lr")
             lr = float(torch.as_tensor(group["lr"], dtype=torch.float64).detach())
             for name, scale in zip(scales.names, scales.scales, strict=True):
                 seen[name] += 1
@@ -195,6 +207,8 @@ class Multipliers(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_groups()
+        for index in range(len(self.param_groups)):
+            self._check_group_lr(index)
         for group, scales in zip(self.param_groups, self._scales, strict=True):
             self._step_group(group, scales)
         return loss
@@ -210,14 +224,16 @@ class Multipliers(Optimizer):
                 f"param_groups hold {held} parameters, but {added} were added; add parameters with "
                 f"add_param_group, and build a new {type(self).__name__} to drop some"
             )
-        for index in range(len(now)):
-            self._check_group_lr(index)
 
     def _before_step(self) -> None:
         """Checks that torch's own class does first."""
 
     def _step_group(self, group: dict[str, Any], scales: GroupScales) -> None:
         raise TypeError(f"{type(self).__name__} does not say how a group is stepped")
+
+
+def _is_number(lr: Any) -> bool:
+    return hasattr(lr, "__float__") and not isinstance(lr, bool)
 
 
 # torch's functions prepare each call: they group by device and dtype, read tensor rates, bring a scaler's tensors to

@@ -74,6 +74,38 @@ def test_an_optimizer_follows_its_model_when_that_is_wrapped_again() -> None:
     assert min(optimizer.effective_lrs().values()) == pytest.approx(0.3)
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_an_optimizer_follows_one_model_after_another_of_its_models_is_gone(together: bool) -> None:
+    lives, gone = wrap(Net(), 2.0, depth=2), wrap(Net(), 4.0, depth=2)
+    of_gone = list(gone.parameters())
+    both = [*of_gone[:1], *lives.parameters(), *of_gone[1:]]
+    groups = [{"params": both}] if together else [{"params": of_gone}, {"params": list(lives.parameters())}]
+    optimizer = gammaopt.SGD(groups, lr=0.1)
+    before = optimizer.effective_lrs()
+    del gone
+    gc.collect()
+    wrap(unwrap(lives), 3.0, depth=2)
+    then, now = list(before.values()), list(optimizer.effective_lrs().values())
+    of_lives = slice(1, 5) if together else slice(4, 8)
+    assert now[of_lives] == pytest.approx([0.3] * 4)
+    assert list(optimizer.effective_lrs()) == list(before)
+    for rates in (then, now):
+        del rates[of_lives]
+    assert now == then
+    assert now == pytest.approx([0.4] * 4)
+
+
+def test_a_model_that_was_wrapped_again_and_then_dropped_is_not_taken_for_an_unwrapped_one() -> None:
+    model = wrap(Net(), 2.0, depth=2)
+    optimizer = gammaopt.SGD(model.parameters(), lr=0.1)
+    wrap(unwrap(model), 3.0, depth=2)
+    rates = optimizer.effective_lrs()
+    del model
+    gc.collect()
+    unwrap(wrap(Net(), 1.0, depth=2))  # so that the rates are looked up anew
+    assert optimizer.effective_lrs() == rates
+
+
 @pytest.mark.parametrize("undo", ["unwrap", "fold"])
 def test_an_optimizer_of_a_model_that_was_unwrapped_refuses_to_step_the_plain_one(undo: str) -> None:
     x = torch.ones(2, 6)

@@ -18,9 +18,11 @@ from reference import (
     ours,
     reference,
     run,
+    theirs,
     twins,
 )
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from gammaopt._plan import Scale
 
@@ -116,6 +118,27 @@ def check_compiled(name: str, backend: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_compiled_step_is_the_compiled_references(name: str) -> None:
     check_compiled(name, "eager")
+
+
+def test_a_scheduled_rate_compiles_a_step_no_more_often_than_torchs() -> None:
+    counts = []
+    for make in (lambda p: bare("SGD", p, [Scale(3.0)], lr=0.1), lambda p: theirs("SGD")(p, lr=0.1)):
+        parameter = nn.Parameter(torch.ones(2))
+        parameter.grad = torch.ones(2)
+        optimizer = make([parameter])
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's compiler warns about its own modules
+                step = torch.compile(optimizer.step, backend=counter)
+                for lr in (0.1, 0.09, 0.08, 0.07):
+                    optimizer.param_groups[0]["lr"] = lr
+                    step()
+        finally:
+            torch._dynamo.reset()
+        counts.append(counter.frame_count)
+    assert counts[0] <= counts[1]
 
 
 @pytest.mark.slow

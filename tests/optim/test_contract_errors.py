@@ -1,4 +1,4 @@
-"""What torch refuses, ours refuses in the same words; beyond that only a rate that is not positive."""
+"""What torch refuses, ours refuses in the same words; beyond that only rates that can't be meant."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import NAMES, bare, model_and_data, ours, theirs
+from reference import NAMES, bare, model_and_data, ours, plan_of, theirs
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 from torch_cases import Bad, torch_cases
@@ -98,13 +98,13 @@ def test_a_rate_that_is_not_positive_is_a_usage_error(name: str, lr: float | Ten
         ours(name)(model.parameters(), lr=lr)
 
 
-BAD_RATES = [-1e-3, float("nan"), float("inf"), "0.1"]
+BAD_RATES = [-1e-3, float("nan"), float("inf"), "0.1", None, True]
 
 
 @pytest.mark.parametrize("lr", BAD_RATES)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bad_rate_of_one_group_is_refused_when_it_is_added_and_when_it_is_written(name: str, lr: Any) -> None:
-    """Torch checks the constructor's lr only, and would step with these."""
+    """Torch checks the constructor's lr only, and would step with these: ours does with a negative one alone."""
     model, x, y = model_and_data()
     first, *rest = model.parameters()
     words = rf"^lr={lr!r} of param_groups\[1\] is not allowed; give a finite lr >= 0$"
@@ -122,11 +122,34 @@ def test_a_bad_rate_of_one_group_is_refused_when_it_is_added_and_when_it_is_writ
     assert torch.equal(first, before[0])
     optimizer.param_groups[1]["lr"] = lr
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    for look in (optimizer.step, optimizer.effective_lrs):
-        with pytest.raises(UsageError, match=words):
-            look()
+    if lr == -1e-3:  # as torch, see the test of the schedulers that end there
+        assert min(optimizer.effective_lrs().values()) < 0
+        optimizer.step()
+        assert not torch.equal(first, before[0])
+        return
+    with pytest.raises(UsageError, match=words.removesuffix(" >= 0$") + "$"):
+        optimizer.step()
     assert all(torch.equal(now, then) for now, then in zip(model.parameters(), before, strict=True))
     assert optimizer.state[first].get("exp_avg") is None or optimizer.state[first]["exp_avg"].isfinite().all()
+    if isinstance(lr, float):  # what went wrong can be looked at
+        assert str(optimizer.effective_lrs()[next(iter(plan_of(model).multipliers()))]) == str(lr)
+    else:
+        with pytest.raises(UsageError, match=rf"^lr={lr!r} of param_groups\[1\] is not a number; give a finite lr$"):
+            optimizer.effective_lrs()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_of_torch_with_a_rate_below_zero_loads_and_steps(name: str) -> None:
+    """A linear OneCycleLR leaves one."""
+    model, x, y = model_and_data()
+    plain = theirs(name)(model.parameters(), lr=0.1)
+    (model(x) - y).square().mean().backward()
+    plain.step()
+    plain.param_groups[0]["lr"] = -0.007
+    optimizer = ours(name)(model.parameters(), lr=0.1)
+    optimizer.load_state_dict(plain.state_dict())
+    assert max(optimizer.effective_lrs().values()) < 0
+    optimizer.step()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import NAMES, assert_equal_parameters, ours, plan_of, reference, run, twins
+from reference import NAMES, assert_equal_parameters, ours, plan_of, reference, run, theirs, twins
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR
 
@@ -43,7 +43,11 @@ TABLE: dict[str, list[Make]] = {
     "StepLR": [lambda o: schedulers.StepLR(o, step_size=4, gamma=0.5)],
     "MultiStepLR": [lambda o: schedulers.MultiStepLR(o, milestones=[3, 9, 15], gamma=0.3)],
     "ConstantLR": [lambda o: schedulers.ConstantLR(o, factor=0.25, total_iters=6)],
-    "LinearLR": [lambda o: schedulers.LinearLR(o, start_factor=0.01, total_iters=8)],
+    "LinearLR": [
+        lambda o: schedulers.LinearLR(o, start_factor=0.01, total_iters=8),
+        # Its last rate is −2e-19, by rounding.
+        lambda o: schedulers.LinearLR(o, start_factor=1 / 3, total_iters=4, end_factor=0),
+    ],
     "ExponentialLR": [lambda o: schedulers.ExponentialLR(o, gamma=0.8)],
     "SequentialLR": [sequential],
     "CosineAnnealingLR": [lambda o: schedulers.CosineAnnealingLR(o, T_max=12, eta_min=0.004)],
@@ -55,6 +59,10 @@ TABLE: dict[str, list[Make]] = {
         lambda o: schedulers.OneCycleLR(o, max_lr=0.02, total_steps=STEPS + 1, cycle_momentum="betas" in o.defaults),
         lambda o: schedulers.OneCycleLR(
             o, max_lr=0.02, total_steps=STEPS + 1, three_phase=True, anneal_strategy="linear", cycle_momentum=False
+        ),
+        # After its last step it writes a negative rate: one more step along the line.
+        lambda o: schedulers.OneCycleLR(
+            o, max_lr=0.02, total_steps=STEPS, anneal_strategy="linear", cycle_momentum=False
         ),
     ],
     "PolynomialLR": [lambda o: schedulers.PolynomialLR(o, total_iters=15, power=1.5)],
@@ -100,17 +108,35 @@ def test_trajectory_under_a_scheduler_is_the_references(name: str, which: str, m
         family = "sgd" if name == "SGD" else "adam"
         multipliers = plan_of(model).multipliers(family)  # type: ignore[arg-type]
         seen = set()
-        for step in range(STEPS):
+        for step in range(STEPS + 1):
             settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
             assert settings == {k: v for k, v in plain.settings.param_groups[0].items() if k != "params"}
             assert optimizer.effective_lrs() == {key: settings["lr"] * m for key, m in multipliers.items()}
             seen.add((settings["lr"], settings.get("momentum"), settings.get("betas")))
+            if step == STEPS:  # what the scheduler wrote after the last step
+                break
             run(model, optimizer, x, y, 1)
             run(twin, plain, x, y, 1)
             for scheduler in pair:
                 advance(scheduler, step)
         assert len(seen) > 1, "the scheduler did nothing"
         assert_equal_parameters(model, twin)
+
+
+def test_the_table_has_rates_below_zero() -> None:
+    """Else torch mended its schedulers, and nothing above tests that such a rate is stepped with."""
+    lowest: dict[str, float] = {}
+    for which, makes in TABLE.items():
+        for make in makes:
+            optimizer = theirs("SGD")([torch.zeros(1, requires_grad=True)], lr=0.01)
+            scheduler = make(optimizer)
+            for step in range(STEPS):
+                optimizer.step()
+                advance(scheduler, step)
+                lr = optimizer.param_groups[0]["lr"]
+                lowest[which] = min(lowest.get(which, 0.0), lr)
+    assert -1e-17 < lowest["LinearLR"] < 0
+    assert lowest["OneCycleLR"] < -1e-4
 
 
 @pytest.mark.parametrize(("which", "make"), CASES)

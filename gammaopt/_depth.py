@@ -28,7 +28,7 @@ BIASES = ("bias", "in_proj_bias")
 
 
 def effective_depth(
-    model: nn.Module, inputs: Inputs, *, output: Output | None = None, zero_biases: bool = False
+    model: nn.Module, inputs: Inputs, *, output: Output | None = None, zero_biases: bool = True
 ) -> float:
     """Effective depth L of ``model`` on one batch: the depth to give to :class:`EtaLaw`.
 
@@ -40,12 +40,15 @@ def effective_depth(
         inputs: one batch: a tensor, a tuple of positional or a dict of keyword arguments.
         output: which part of what the model returns is h, if that is not one tensor: an entry's name or position, or
             a function of it.
-        zero_biases: measure with all biases at 0. Biases lower the degree only until the weights have grown past
-            them, and torch draws them at random: without them the depth is that of the rich regime, and the same for
-            every initialisation of a plain network. This is what :func:`gammaopt.wrap` uses.
+        zero_biases: measure with all biases at 0, as :func:`gammaopt.wrap` does. Biases lower the degree only until
+            the weights have grown past them, and torch draws them at random: without them the depth is that of the
+            rich regime, and the same for every initialisation of a plain network. ``False`` measures the network as
+            it is.
 
     Returns:
-        L_eff, a float; not a whole number for networks with normalisation, gains or residual branches.
+        L_eff, a float; not a whole number for networks with normalisation, gains or residual branches. A weight that
+        is 0, as a low-rank adapter's second factor is at the start, counts as nothing and hides what it multiplies:
+        the rich regime's depth, where it has grown, is larger.
 
     Raises:
         UsageError: if the model has no trainable parameter, does not accept the inputs, or its output is 0 or not
@@ -73,6 +76,39 @@ def effective_depth(
             "its depth can only be measured where the output is finite and not 0: give other inputs, or depth="
         )
     return radial / squared
+
+
+def hidden_by_zeros(model: nn.Module, inputs: Inputs, output: Output | None, depth: float) -> str | None:
+    """What to say where trainable weights that are 0 hide a part of the depth; ``None`` where they don't.
+
+    They do if the depth is another with these weights drawn at the usual size. Which one it becomes depends on how far
+    they grow, so no number is put in its place.
+    """
+    zeros = {
+        name: parameter
+        for name, parameter in trainable(model).items()
+        if not name.rpartition(".")[2].startswith(BIASES) and parameter.numel() and not parameter.any()
+    }
+    if not zeros:
+        return None
+    generator = torch.Generator("cpu").manual_seed(0)
+    try:
+        with torch.no_grad():
+            for parameter in zeros.values():
+                columns = parameter.shape[1:].numel() if parameter.dim() > 1 else 1
+                draw = torch.randn(parameter.shape, generator=generator, device="cpu") / math.sqrt(columns)
+                parameter.copy_(draw if parameter.dim() > 1 else torch.ones_like(draw))
+        drawn = effective_depth(model, inputs, output=output)
+    finally:
+        with torch.no_grad():
+            for parameter in zeros.values():
+                parameter.zero_()
+    if not drawn > 1.1 * depth:
+        return None
+    return (
+        f"{next(iter(zeros))!r} is 0 at the start, which hides it and what it multiplies ({drawn:.3g} with it drawn at "
+        "random, more as it grows); give depth=, the number of trained layers in the longest product"
+    )
 
 
 @contextmanager

@@ -134,6 +134,9 @@ class Plan:
     def table(self, lr: float = 1.0, optimizer: OptimizerFamily = "sgd") -> str:
         """The plan as text: parameter, shape, role, multiplier, effective rate ``lr``·multiplier.
 
+        A parameter that was frozen when the network was wrapped has "frozen" for its rate; unfrozen, it has its
+        multiplier.
+
         Raises:
             UsageError: for an ``lr`` that is negative or not finite.
         """
@@ -142,7 +145,8 @@ class Plan:
         rows = [("parameter", "shape", "role", "multiplier", "effective rate")]
         for rule, multiplier in zip(self.rules, self.multipliers(optimizer).values(), strict=True):
             shape = "×".join(map(str, rule.shape)) or "scalar"
-            rows.append((rule.name, shape, rule.role, f"{multiplier:.4g}", f"{lr * multiplier:.4g}"))
+            stepped = "frozen" if rule.frozen else f"{lr * multiplier:.4g}"
+            rows.append((rule.name, shape, rule.role, f"{multiplier:.4g}", stepped))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
@@ -178,10 +182,11 @@ def _muon(rule: Rule, adam: Scale, adjust_lr_fn: str | None) -> Scale:
     """
     if len(rule.shape) < 2 or not (rule.fan_in or rule.role == "embedding"):
         return adam
-    rows, columns = rule.shape[0], rule.fan_in or math.prod(rule.shape[1:])
+    rows, columns = rule.shape[0], math.prod(rule.shape[1:])
     larger = math.sqrt(max(rows, columns))
     unclamped = math.sqrt(rows / columns)
-    wanted = larger if rule.role == "embedding" else unclamped
+    # What torch takes for outputs × inputs may be inputs × outputs: √(outputs/inputs) is read off the fan-in.
+    wanted = math.sqrt(rows * columns / rule.fan_in / rule.fan_in) if rule.fan_in else larger
     given = {"match_rms_adamw": larger, "spectral_unclamped": unclamped}.get(str(adjust_lr_fn), max(1.0, unclamped))
     # eps is compared with the norm of the whole gradient, Adam's with an entry.
     return Scale(wanted / given, adam.eps * math.sqrt(rows * columns))

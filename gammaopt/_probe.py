@@ -46,6 +46,8 @@ def select(returned: Any, output: Output | None, model: nn.Module) -> Tensor:
         UsageError: if it isn't there, or is no floating-point tensor with at least one element.
     """
     name = type(model).__name__
+    if isinstance(output, (str, int)) and isinstance(returned, Tensor):  # which would be indexed by sample
+        raise UsageError(f"{name} returns one {_kind(returned)}, of which output={output!r} is no entry; drop output=")
     if isinstance(output, (str, int)):
         try:
             found = returned[output]
@@ -115,8 +117,14 @@ def probe(model: nn.Module, inputs: Inputs, output: Output | None = None) -> Ten
     """h(inputs) of a plain or wrapped model: before centring and division by γ.
 
     Raises:
-        UsageError: if the model rejects the inputs, or its output is not as :func:`select` needs it.
+        UsageError: if the model rejects the inputs or is on the meta device without them, or its output is not as
+            :func:`select` needs it.
     """
+    if any(p.is_meta for p in model.parameters()) and not all(tensor.is_meta for tensor in _tensors(inputs)):
+        raise UsageError(
+            f"{type(model).__name__} is on the meta device and the example inputs are not, so nothing can be measured; "
+            "give depth= and knee= instead of example_inputs=, or a net with values"
+        )
     forward = getattr(model, "_gammaopt_forward", model)
     output = getattr(model, "_gammaopt_output", output) if output is None else output
     try:
@@ -139,6 +147,14 @@ def probe(model: nn.Module, inputs: Inputs, output: Output | None = None) -> Ten
             "if that is a loss, compute it from the model's output instead, or give output="
         )
     return found
+
+
+def _tensors(inputs: Any) -> Iterator[Tensor]:
+    if isinstance(inputs, Tensor):
+        yield inputs
+    elif isinstance(inputs, (tuple, list, Mapping)):
+        for item in inputs.values() if isinstance(inputs, Mapping) else inputs:
+            yield from _tensors(item)
 
 
 def measurable(model: nn.Module, h: Tensor) -> Tensor:

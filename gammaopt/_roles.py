@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from torch import nn
@@ -44,7 +44,7 @@ class Rule:
     """One parameter: its name, shape and role, and for a weight its fan-in.
 
     ``fresh`` marks what ``mean_field`` draws anew: weights, embeddings and biases of known layers; not norms, not
-    tokens, not low-rank adapters, whose zero is meant.
+    tokens, not low-rank adapters, whose zero is meant. ``frozen`` is how it was when the network was wrapped.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Rule:
     role: Role
     fan_in: float | None = None
     fresh: bool = False
+    frozen: bool = False
 
     @property
     def scale(self) -> float | None:
@@ -71,12 +72,26 @@ def fan_in(layer: nn.Module, shape: tuple[int, ...]) -> float:
     """
     if isinstance(layer, TRANSPOSED):
         return shape[0] / layer.groups * max(1.0, math.prod(shape[2:]) / math.prod(layer.stride))
-    return float(math.prod(shape[1:]))
+    return float(shape[0] if _input_first(layer) else math.prod(shape[1:]))
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether ``module`` is a Linear or Conv layer, the ``Conv1D`` of Hugging Face's GPT-2 included."""
+    return isinstance(module, LAYERS) or _input_first(module)
+
+
+def _input_first(module: nn.Module) -> bool:
+    """``transformers.pytorch_utils.Conv1D``: a Linear layer whose weight is (in, out). Known by its looks: it is not
+    imported."""
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ != "Conv1D" or not isinstance(weight, nn.Parameter):
+        return False
+    return tuple(weight.shape) == (getattr(module, "nx", None), getattr(module, "nf", None))
 
 
 def layers_in_order(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Linear and Conv layers by qualified name, in the order of registration."""
-    return ((name, module) for name, module in net.named_modules() if isinstance(module, LAYERS))
+    return ((name, module) for name, module in net.named_modules() if is_layer(module))
 
 
 def rules_for(
@@ -112,9 +127,10 @@ def rules_for(
         prefix, _, leaf = name.rpartition(".")
         shape = shapes[name] if shapes is not None else tuple(parameter.shape)
         if name in overrides:
-            rules.append(_stated(name, shape, overrides[name]))
+            rule = _stated(name, shape, overrides[name])
         else:
-            rules.append(_read_off(name, leaf, shape, owners[prefix], is_readout=prefix == readout))
+            rule = _read_off(name, leaf, shape, owners[prefix], is_readout=prefix == readout)
+        rules.append(replace(rule, frozen=not parameter.requires_grad))
     return tuple(rules)
 
 
@@ -124,10 +140,10 @@ def _stated(name: str, shape: tuple[int, ...], role: Role) -> Rule:
 
 
 def _read_off(name: str, leaf: str, shape: tuple[int, ...], owner: nn.Module, *, is_readout: bool) -> Rule:
-    if isinstance(owner, LAYERS) and leaf == "weight":
+    if is_layer(owner) and leaf == "weight":
         fresh = not _low_rank(name)
         return Rule(name, shape, "readout weight" if is_readout else "weight", fan_in(owner, shape), fresh=fresh)
-    if isinstance(owner, LAYERS) and leaf == "bias":
+    if is_layer(owner) and leaf == "bias":
         return Rule(name, shape, "readout bias" if is_readout else "bias", fresh=True)
     if isinstance(owner, LOOKUPS) and leaf == "weight":
         return Rule(name, shape, "embedding", fresh=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal, TypeVar, cast, get_args
 
 import torch
@@ -16,14 +16,15 @@ from torch import nn
 
 from gammaopt import _distributed, _registry, _residual
 from gammaopt._base import BaseShapes, base_of
-from gammaopt._depth import effective_depth
+from gammaopt._depth import effective_depth, hidden_by_zeros
 from gammaopt._errors import UsageError, one_of, positive
 from gammaopt._knee import knee as measure_knee
 from gammaopt._laws import SMALLEST_FLOAT32_GAMMA, Loss
 from gammaopt._plan import Base, Parametrization, Plan
-from gammaopt._probe import Inputs, Output, measurable, probe, probing, trainable
+from gammaopt._probe import Inputs, Output, probe, probing, trainable
+from gammaopt._readout import find_readout, zero_readout
 from gammaopt._residual import Residual
-from gammaopt._roles import STATED, Role, Rule, layers_in_order, rules_for
+from gammaopt._roles import STATED, Role, Rule, rules_for
 from gammaopt._wrapped import Wrapped, frozen, wrapped_class
 
 Center = Literal["copy", "zero_readout", "none"]
@@ -48,7 +49,8 @@ def wrap(
     r"""Make ``net`` compute f(x; θ) = [h(x; θ) − h(x; θ₀)]/γ, in place, and plan its learning rates.
 
     Returns the same object; its class becomes a subclass of the class it had. θ₀ are the parameters at this call
-    (after re-initialisation under ``mean_field``), so f = 0 exactly until the first step. Follow with
+    (after re-initialisation under ``mean_field``), so f = 0 until the first step: exactly, or to rounding where torch's
+    kernel for h differs from that for h₀, as a recurrent layer's may. Follow with
     ``gammaopt.SGD(net.parameters(), lr=…)``, where ``lr`` is the rate tuned at γ = 1; it looks the rates up in the
     wrapped model, which must still be referenced then. A plain ``torch.optim`` optimizer, built before or after, steps
     the same parameters at ``lr`` without γ, and nothing says so: it is also what takes :func:`param_groups`.
@@ -56,9 +58,12 @@ def wrap(
     Args:
         net: the network h.
         gamma: feature-learning strength γ > 0: small is lazy (kernel-like), large is rich.
-        depth: effective depth L; measured from ``example_inputs`` if not given, with biases at 0.
+        depth: effective depth L; measured from ``example_inputs`` if not given, with biases at 0. Give it where
+            trainable weights start at 0, as a low-rank adapter's do: what is measured then is too small, rates above
+            the knee are too high, and a warning says so.
         example_inputs: one batch (a tensor, a tuple of positional or a dict of keyword arguments). Also tells which
-            layer runs last: without it the readout is the Linear or Conv layer registered last.
+            layer is the readout, the last to run of those that h depends on: without it the readout is the Linear or
+            Conv layer registered last.
         parametrization: ``"as_is"`` keeps initialisation and relative rates. ``"mean_field"`` re-initialises weights,
             embeddings and biases (w ~ N(0, a²), biases 0; a = fan_in^(-1/2), readout 1/fan_in) and sets per-layer
             rates, so that one ``lr`` serves every width. Parameters with ``requires_grad=False`` keep their values:
@@ -108,7 +113,7 @@ def wrap(
         raise UsageError(f"base= goes with parametrization='as_is', not with {parametrization!r}; drop one of them")
     depth_rule = None if residual is None else _depth_rule(net, residual, example_inputs, output)
 
-    readout = _readout(net, example_inputs, output)
+    readout = find_readout(net, example_inputs, output)
     rules = rules_for(net, readout, overrides=roles)
     reference_base = None if base is None else base_of(net, base, readout, roles)
     if parametrization == "mean_field" or base is not None:
@@ -121,15 +126,22 @@ def wrap(
     if reference_base is not None:
         _scale_readout(start, rules, reference_base)
     if depth is None:
-        depth = effective_depth(start, cast("Inputs", example_inputs), output=output, zero_biases=True)
-        depth = _rounded(depth)
+        batch = cast("Inputs", example_inputs)
+        depth = _rounded(effective_depth(start, batch, output=output))
+        hidden = hidden_by_zeros(start, batch, output, depth)
         if not depth > 0:
-            raise UsageError(f"the measured depth of {type(net).__name__} is {depth:.3g}; give depth= > 0")
+            raise UsageError(
+                f"the measured depth of {type(net).__name__} is {depth:.3g}; {hidden or 'give depth= > 0'}"
+            )
+        if hidden is not None:
+            warnings.warn(
+                f"the measured depth of {type(net).__name__} is {depth:.3g} and too small: {hidden}", stacklevel=2
+            )
     if knee is None:
         measured = parametrization == "as_is" and example_inputs is not None
         knee = _rounded(measure_knee(start, cast("Inputs", example_inputs), output=output)) if measured else 1.0
     if center == "zero_readout":
-        _zero_readout(start, readout, cast("Inputs", example_inputs), output)
+        zero_readout(start, readout, cast("Inputs", example_inputs), output)
     width = next((rule.fan_in for rule in rules if rule.role == "readout weight"), None)
     plan = Plan(gamma, depth, loss, knee, parametrization, width, rules, readout, reference_base, depth_rule)
     if center == "copy":
@@ -294,41 +306,21 @@ def _check_net(net: nn.Module) -> None:
         raise UsageError(f"{name} has an attribute named 'gammaopt' already; rename it before wrapping")
 
 
-def _readout(net: nn.Module, inputs: Inputs | None, output: Output | None) -> str | None:
-    """Qualified name of the layer that runs last on ``inputs``, or that is registered last without inputs."""
-    order = [name for name, _ in layers_in_order(net)]
-    if inputs is not None:
-        ran: list[str] = []
-
-        def note(name: str) -> Callable[..., None]:
-            return lambda *_: ran.append(name)
-
-        handles = [module.register_forward_hook(note(name)) for name, module in layers_in_order(net)]
-        # Attention applies its out_proj without calling it.
-        attention = [
-            (name, module) for name, module in net.named_modules() if isinstance(module, nn.MultiheadAttention)
-        ]
-        handles += [module.register_forward_hook(note(f"{name}.out_proj".lstrip("."))) for name, module in attention]
-        try:
-            with torch.no_grad(), probing(net):
-                probe(net, inputs, output)
-        finally:
-            for handle in handles:
-                handle.remove()
-        order = ran or order
-    return order[-1] if order else None
-
-
 def _check_rules(net: nn.Module, rules: tuple[Rule, ...]) -> None:
     """Width scaling needs every role, and each weight in one place."""
-    for rule in rules:
-        if rule.role == "other":
-            owner = type(net.get_submodule(rule.name.rpartition(".")[0])).__name__
-            raise UsageError(
-                f"parameter {rule.name!r} {rule.shape} of {owner} has no known scaling with width; "
-                f"say its role with roles={{{rule.name!r}: …}} (one of: {', '.join(STATED)}), "
-                "or wrap with parametrization='as_is'"
-            )
+    unknown = [rule for rule in rules if rule.role == "other"]
+    if unknown:
+        owners = [type(net.get_submodule(rule.name.rpartition(".")[0])).__name__ for rule in unknown]
+        listed = ", ".join(
+            f"{rule.name!r} {rule.shape} of {owner}" for rule, owner in zip(unknown, owners, strict=True)
+        )
+        stated = ", ".join(f"{rule.name!r}: …" for rule in unknown)
+        many = len(unknown) > 1
+        raise UsageError(
+            f"parameter{'s' if many else ''} {listed} {'have' if many else 'has'} no known scaling with width; "
+            f"say {'their roles' if many else 'its role'} with roles={{{stated}}} (one of: {', '.join(STATED)}), "
+            "or wrap with parametrization='as_is'"
+        )
     if not any(rule.role == "readout weight" for rule in rules):
         names = {name for name, _ in net.named_parameters()}
         tied = [name for name, _ in net.named_parameters(remove_duplicate=False) if name not in names]
@@ -362,30 +354,6 @@ def _scale_readout(net: nn.Module, rules: tuple[Rule, ...], base: Base) -> None:
         for rule in rules:
             if rule.role == "readout weight" and rule.fan_in and rule.name in parameters:
                 parameters[rule.name].mul_((base.width / rule.fan_in) ** 0.5)
-
-
-def _zero_readout(net: nn.Module, readout: str | None, inputs: Inputs, output: Output | None) -> None:
-    if readout is None:
-        raise UsageError(f"{type(net).__name__} has no Linear or Conv readout to set to 0; use center='copy'")
-    layer = net.get_submodule(readout)
-    if not any(parameter.requires_grad for parameter in layer.parameters()):
-        raise UsageError(f"readout {readout!r} is frozen and would stay at 0; use center='copy'")
-    own = list(layer.parameters())
-    for part, module in net.named_modules():
-        if any(module is each for each in layer.modules()):
-            continue
-        if any(parameter is each for parameter in module.parameters(recurse=False) for each in own):
-            raise UsageError(f"readout {readout!r} is tied to {part!r}, which would be 0 with it; use center='copy'")
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.zero_()
-        with probing(net):
-            largest = float(measurable(net, probe(net, inputs, output)).abs().max())
-    if not largest == 0:  # a weight-normalised readout divides 0 by 0
-        raise UsageError(
-            f"with its readout {readout!r} at 0 the output of {type(net).__name__} is still {largest:.3g}; "
-            "use center='copy'"
-        )
 
 
 def _warn_if_imprecise(net: nn.Module, gamma: float) -> None:

@@ -42,7 +42,8 @@ def logarithmic_derivative(net: nn.Module, x: Tensor) -> float:
 
 def test_it_equals_the_logarithmic_derivative_under_scaling_all_parameters() -> None:
     net = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.LayerNorm(24), nn.Linear(24, 5)).double()
-    assert effective_depth(net, batch(16, 12)) == pytest.approx(logarithmic_derivative(net, batch(16, 12)), rel=1e-6)
+    depth = effective_depth(net, batch(16, 12), zero_biases=False)
+    assert depth == pytest.approx(logarithmic_derivative(net, batch(16, 12)), rel=1e-6)
 
 
 def test_bias_at_zero_and_frozen_layers_contribute_nothing() -> None:
@@ -62,8 +63,8 @@ def test_without_biases_the_depth_does_not_depend_on_their_draw(seed: int) -> No
     net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 24), nn.ReLU(), nn.Linear(24, 5))
     net = net.double()
     before = copy.deepcopy(net.state_dict())
-    assert effective_depth(net, batch(8, 1, 6, 6), zero_biases=True) == pytest.approx(3, abs=1e-12)
-    assert effective_depth(net, batch(8, 1, 6, 6)) < 2.7
+    assert effective_depth(net, batch(8, 1, 6, 6)) == pytest.approx(3, abs=1e-12)
+    assert effective_depth(net, batch(8, 1, 6, 6), zero_biases=False) < 2.7
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
@@ -86,7 +87,7 @@ def test_vision_transformer_agrees_with_the_logarithmic_derivative() -> None:
     torch.manual_seed(0)
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=10, depth=3).double().eval()
     x = batch(2, 3, 224, 224)
-    assert effective_depth(vit, x) == pytest.approx(logarithmic_derivative(vit, x), rel=1e-5)
+    assert effective_depth(vit, x, zero_biases=False) == pytest.approx(logarithmic_derivative(vit, x), rel=1e-5)
 
 
 def test_tuple_and_dict_inputs_are_passed_on() -> None:
@@ -118,6 +119,49 @@ def test_wrapped_model_is_measured_before_centring() -> None:
     net = mlp(3)
     model = gammaopt.wrap(net, 100.0, depth=3)
     assert effective_depth(model, batch(16, 12)) == pytest.approx(3, abs=1e-12)
+
+
+class Adapted(nn.Module):
+    """A frozen layer with a low-rank adapter whose second factor is 0 at the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(12, 24).requires_grad_(False)
+        self.A, self.B = nn.Parameter(torch.randn(4, 12) / 12**0.5), nn.Parameter(torch.zeros(24, 4))
+        self.out = nn.Linear(24, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.base(x) + x @ self.A.T @ self.B.T))  # type: ignore[no-any-return]
+
+
+def test_weights_that_start_at_zero_and_hide_depth_are_warned_of() -> None:
+    torch.manual_seed(0)
+    net, x = Adapted(), torch.randn(16, 12)
+    with pytest.warns(UserWarning, match=r"depth of Adapted is 1 and too small: 'B' is 0 at the start, .* give depth="):
+        model = gammaopt.wrap(net, 3.0, example_inputs=x)
+    assert not model.B.any()
+    gammaopt.wrap(Adapted(), 3.0, example_inputs=x, depth=3)  # no warning, which would be an error
+    net = Adapted()
+    net.out.requires_grad_(False)
+    with pytest.raises(UsageError, match=r"depth of Adapted is 0; 'B' is 0 at the start, .* give depth="):
+        gammaopt.wrap(net, 3.0, example_inputs=x)
+
+
+def test_zero_gains_that_hide_nothing_are_not_warned_of() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.norm = nn.Linear(12, 12), nn.LayerNorm(12)
+            nn.init.zeros_(self.norm.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.norm(self.inner(x))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 12), Block(), nn.LayerNorm(12), nn.Linear(12, 5))
+    model = gammaopt.wrap(net, 3.0, example_inputs=torch.randn(16, 12))
+    assert isinstance(model.gammaopt, gammaopt.Plan)
+    assert model.gammaopt.depth == pytest.approx(2, abs=0.01)
 
 
 @pytest.mark.parametrize(

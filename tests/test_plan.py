@@ -103,6 +103,16 @@ def test_unknown_parameter_is_refused_under_mean_field_with_its_name_and_the_fix
     assert torch.equal(net.state_dict()["1.weight"], before)
 
 
+def test_all_unknown_parameters_are_named_at_once() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    net.a, net.b = nn.Parameter(torch.ones(5, 4)), nn.Parameter(torch.ones(3))
+    message = (
+        r"parameters 'a' \(5, 4\) of Sequential, 'b' \(3,\) of Sequential have .* roles=\{'a': …, 'b': …\} \(one of"
+    )
+    with pytest.raises(UsageError, match=message):
+        wrap(net, 1.0, depth=2, parametrization="mean_field")
+
+
 class Gains(nn.Module):
     """Plain parameters as timm's LayerScale, HF's norms and others have them."""
 
@@ -185,6 +195,14 @@ def test_table_shows_each_parameter_with_its_effective_rate() -> None:
     assert lines[4].split() == ["3.weight", "3×16", "readout", "weight", "0.25", "0.125"]
     assert str(plan).startswith(plan.table())
     assert max(map(len, lines)) <= 80
+
+
+def test_table_says_what_was_frozen() -> None:
+    net = MLP(20, 3, width=16, depth=2)
+    net[1].requires_grad_(False)
+    lines = plan_of(wrap(net, 4.0, depth=2)).table(lr=0.5).splitlines()
+    assert lines[3].split() == ["1.weight", "16×20", "weight", "4", "frozen"]
+    assert lines[4].split()[-1] == "2"
 
 
 def test_adam_rates_in_mean_field_form() -> None:

@@ -332,7 +332,7 @@ def test_unwrap_gives_the_plain_network_with_its_current_parameters() -> None:
 
 def test_plan_holds_gamma_and_the_measured_depth() -> None:
     net, x = make("mlp")
-    expected = effective_depth(net, x, zero_biases=True)
+    expected = effective_depth(net, x)
     model = wrap(net, 7.0, example_inputs=x)
     assert isinstance(model.gammaopt, Plan)
     assert model.gammaopt.gamma == 7.0

@@ -132,12 +132,14 @@ class EtaLaw:
         """Calibrate the law on runs: exponents, bend and rate at γ = 1, with 95 % intervals.
 
         The fitted law predicts like any other; its ``depth`` is the one that gives the fitted rich exponent.
+        A rate is known to half of the distance between those tried, so the intervals hold that too.
 
         Args:
             records: runs over several γ and, for each γ, several rates; several seeds narrow the intervals.
             optimizer, loss: what the runs were trained with.
             of: fit the ``"best"`` rate at each γ, or the stable ``"edge"``.
-            knee: γ_c if it is known; fitted if there are at least three γ on each side, else 1.
+            knee: γ_c if it is known. Fitted if there are at least six γ, three on each side, and the slopes below and
+                above it differ by more than their interval; else 1.
 
         Raises:
             UsageError: if fewer than three γ have their best rate, or edge, inside the rates tried; or if they don't

@@ -99,6 +99,64 @@ def test_only_large_gamma_leaves_the_lazy_exponent_as_predicted() -> None:
     assert fit.law.rich == pytest.approx(2 / 3, rel=0.02)
 
 
+def gridded(law: EtaLaw, offset: float, gammas: list[float], step: float, seeds: int = 1) -> Any:
+    """Runs at rates of a grid in units of the law for L = 3, stable up to ``offset`` × ``law`` and no further."""
+    for gamma in gammas:
+        for seed in range(seeds):
+            for i in range(-9, 10):
+                lr = EtaLaw(3.0).lr(math.exp(i * step), gamma)
+                stable = lr <= law.lr(offset, gamma)
+                yield record(gamma, lr, seed, 0.1 if stable else None)
+
+
+def test_edges_in_one_column_of_the_grid_are_no_certainty() -> None:
+    """The prediction, which the rates are relative to, comes back exactly; it may be off by the cells' width."""
+    step = 0.4 * math.log(10)
+    for seeds in (1, 4):
+        slopes = EtaLaw.fit(gridded(EtaLaw(3.0), 1.2, [1, 10**0.5, 10, 10**1.5, 100], step, seeds), of="edge").slopes
+        assert slopes.rich == pytest.approx(2 / 3)
+        assert slopes.rich_interval is not None
+        # The end points alone would give ± step/log 100 = 0.2, five points with uniform errors 1.96·σ = 0.14.
+        low, high = slopes.rich_interval
+        assert 0.1 < 2 / 3 - low < 0.25
+        assert 0.1 < high - 2 / 3 < 0.25
+        assert slopes.lr_interval[1] / slopes.lr_interval[0] > math.exp(step / 2)
+
+
+def test_intervals_of_edges_on_a_grid_hold_the_truth() -> None:
+    draw, held, widths = random.Random(0), 0, []
+    for _ in range(60):
+        law = EtaLaw(2 / draw.uniform(0.5, 0.8))
+        gammas = [1, 10**0.5, 10, 10**1.5, 100]
+        slopes = EtaLaw.fit(gridded(law, draw.uniform(0.5, 2), gammas, 0.8), of="edge").slopes
+        assert slopes.rich_interval is not None
+        held += slopes.rich_interval[0] <= law.rich <= slopes.rich_interval[1]
+        widths.append(slopes.rich_interval[1] - slopes.rich_interval[0])
+    assert held >= 56
+    assert sum(widths) / len(widths) < 0.5
+
+
+@pytest.mark.parametrize("count", [5, 7])
+def test_a_range_without_the_bend_has_none(count: int) -> None:
+    """The middle of the range is the only place for a bend between five γ; between seven any fits equally well."""
+    gammas = [100 ** (i / (count - 1)) for i in range(count)]
+    fit = EtaLaw.fit(made(EtaLaw(3.0), 0.7, gammas=gammas))
+    assert fit.slopes.bend is None
+    assert fit.slopes.bend_interval is None
+    assert fit.slopes.lazy is None
+    assert (fit.law.knee, fit.law.lazy) == (1.0, 2.0)
+    assert fit.law.rich == pytest.approx(2 / 3, rel=0.02)
+
+
+def test_a_bend_beyond_the_candidates_is_inside_its_interval() -> None:
+    """Two γ lie below or at it, so the lowest place for a fitted bend is the third one, 10."""
+    fit = EtaLaw.fit(made(EtaLaw(10.0), 0.7, gammas=[10.0**i for i in range(-1, 5)], seeds=4))
+    assert fit.law.knee == pytest.approx(10.0)
+    assert fit.slopes.bend_interval is not None
+    low, high = fit.slopes.bend_interval
+    assert low < 1.0 < high
+
+
 def test_too_few_gammas_are_named() -> None:
     with pytest.raises(UsageError, match=r"2 γ have a rate inside their range, which is too few .* at least 3"):
         EtaLaw.fit(made(EtaLaw(3.0), 0.7, gammas=[1.0, 10.0]))

@@ -53,7 +53,9 @@ def wrap(
     kernel for h differs from that for h₀, as a recurrent layer's may. Follow with
     ``gammaopt.SGD(net.parameters(), lr=…)``, where ``lr`` is the rate tuned at γ = 1; it looks the rates up in the
     wrapped model, which must still be referenced then. A plain ``torch.optim`` optimizer, built before or after, steps
-    the same parameters at ``lr`` without γ, and nothing says so: it is also what takes :func:`param_groups`.
+    the same parameters at ``lr`` without γ, and nothing says so: it is also what takes :func:`param_groups`, groups
+    baked by hand from ``net.gammaopt.multipliers()``, or one rate that was multiplied by s(γ) already, and from
+    outside those look the same.
 
     Args:
         net: the network h.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -45,7 +46,9 @@ class Wrapped(nn.Module):
         reference, output, gamma = self._gammaopt_reference, self._gammaopt_output, self.gammaopt.gamma
         if reference is None:
             returned = self._gammaopt_forward(*args, **kwargs)
-            return replaced(returned, output, select(returned, output, self) / gamma)
+            h = select(returned, output, self)
+            self._gammaopt_check_units(h)
+            return replaced(returned, output, h / gamma)
         if "_gammaopt_empty" in self.__dict__:
             raise UsageError(
                 f"θ₀ of {type(self).__name__} was on the meta device and to_empty() made its memory without values; "
@@ -58,12 +61,29 @@ class Wrapped(nn.Module):
             rewind()
             returned = self._gammaopt_forward(*args, **kwargs)
         h = select(returned, output, self)
+        self._gammaopt_check_units(h)
         if h.shape != start.shape:  # they might broadcast
             raise UsageError(
                 f"the output of {type(self).__name__} has shape {tuple(h.shape)} and had {tuple(start.shape)} when it "
                 "was wrapped; call gammaopt.unwrap on the model and wrap it again"
             )
         return replaced(returned, output, (h - start) / gamma)
+
+    def _gammaopt_check_units(self, h: Tensor) -> None:
+        """Warn, once, of a scalar: for a net that returns its loss, f would be (loss − loss₀)/γ.
+
+        Not an error, and not inside ``vmap``: there it is the output for one sample.
+        """
+        if h.dim() or torch.compiler.is_compiling() or "_gammaopt_scalar" in vars(self):
+            return
+        if torch._C._functorch.maybe_current_level() is not None:
+            return
+        vars(self)["_gammaopt_scalar"] = True
+        warnings.warn(
+            f"{type(self).__name__} returns a scalar, not an output for each sample, and 1/γ was applied to that; if "
+            "it is a loss, compute it from the model's output instead, or give output= to gammaopt.wrap",
+            stacklevel=4,
+        )
 
     def _gammaopt_follow(self, reference: nn.Module) -> None:
         """Put the frozen copy's parts in the modes of the model's: a part may be in ``eval()`` by itself."""

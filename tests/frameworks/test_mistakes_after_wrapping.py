@@ -218,6 +218,21 @@ def test_empty_and_scalar_outputs() -> None:
         model(torch.ones(2, 6))
 
 
+@pytest.mark.parametrize("center", ["copy", "none"])
+def test_a_scalar_output_that_no_example_inputs_told_of(center: Any) -> None:
+    """A net that returns its loss would be trained by (loss − loss₀)/γ."""
+    model = wrap(Odd("scalar"), 0.5, depth=1, center=center)
+    x = torch.ones(2, 6)
+    line = (
+        r"^GammaOdd returns a scalar, not an output for each sample, and 1/γ was applied to that; if it is a loss, "
+        r"compute it from the model's output instead, or give output= to gammaopt.wrap$"
+    )
+    assert torch.vmap(model)(torch.ones(4, 2, 6)).shape == (4,)
+    with pytest.warns(UserWarning, match=line):
+        model(x)
+    model(x)  # once
+
+
 def test_a_list_of_example_inputs() -> None:
     x = torch.ones(2, 6)
     line = (

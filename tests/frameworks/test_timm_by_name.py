@@ -79,17 +79,37 @@ def test_at_gamma_one_it_is_timms_own_optimizer(opt: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
-def test_layer_decay_groups_keep_their_scale_under_a_scheduler() -> None:
+WARMUP: dict[str, Any] = {"warmup_t": 2, "warmup_lr_init": 1e-5}
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "CosineLRScheduler": {"t_initial": 10, "lr_min": 1e-4},
+    "StepLRScheduler": {"decay_t": 2, "decay_rate": 0.5},
+    "MultiStepLRScheduler": {"decay_t": [3, 4], "decay_rate": 0.5},
+    "PolyLRScheduler": {"t_initial": 10, "power": 1.5, "lr_min": 1e-4},
+    "TanhLRScheduler": {"t_initial": 10, "lr_min": 1e-4},
+    "WSDLRScheduler": {"t_initial": 5, "decay_t": 2},  # absent from older timms
+    "PlateauLRScheduler": {"decay_rate": 0.5, "patience_t": 0, "lr_min": 1e-4},
+}
+
+
+def test_the_table_has_every_scheduler_of_timm() -> None:
+    classes = {name for name in vars(scheduling) if name.endswith("LRScheduler")}
+    assert classes | {"WSDLRScheduler"} == set(SCHEDULERS)
+
+
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated:FutureWarning")
+@pytest.mark.parametrize("which", [name for name in SCHEDULERS if hasattr(scheduling, name)])
+def test_layer_decay_groups_keep_their_scale_under_a_scheduler(which: str) -> None:
     model = wrap(net("vit"), 5.0, depth=3)
     optimizer: Any = optim.create_optimizer_v2(model, opt="gammaadamw", lr=0.01, layer_decay=0.5)
     plan: Any = model.gammaopt
     multipliers = plan.multipliers("adam")
     names = {parameter: name for name, parameter in model.named_parameters()}
-    scheduler = scheduling.CosineLRScheduler(optimizer, t_initial=10, lr_min=1e-4, warmup_t=2, warmup_lr_init=1e-5)
+    scheduler = getattr(scheduling, which)(optimizer, **SCHEDULERS[which], **WARMUP)
+    seen = set()
     assert len({group["lr_scale"] for group in optimizer.param_groups}) > 2
     for step in range(5):
         train(model, optimizer, steps=1)
-        scheduler.step(step)
+        scheduler.step(step, metric=1.0)  # which never gets better
         rate = max(group["lr"] for group in optimizer.param_groups)
         expected = {
             names[p]: rate * group["lr_scale"] * multipliers[names[p]]
@@ -97,6 +117,8 @@ def test_layer_decay_groups_keep_their_scale_under_a_scheduler() -> None:
             for p in group["params"]
         }
         assert optimizer.effective_lrs() == pytest.approx(expected)
+        seen.add(rate)
+    assert len(seen) > 2  # warmed up, and then let down
 
 
 def test_moving_average_computes_the_function_of_the_averaged_parameters() -> None:

@@ -61,8 +61,8 @@ def save(path: Path, runs: list[Run], ends: list[int], stack: Stack, traces: Tra
         "alive": [runs.index(run) for run in stack.runs],
         "parameters": {name: stacked.detach() for name, stacked in stack.parameters.items()},
         "states": stack.states,
-        "losses": list(traces.losses.values()),
-        "shares": list(traces.shares.values()),
+        "losses": traces.losses[:, : traces.step].clone(),  # a view would be written with all that is behind it
+        "shares": traces.shares[:, : traces.step].clone(),
         "scores": [(runs.index(run), end, *score) for (run, end), score in scores.items()],
     }
     buffer = io.BytesIO()
@@ -87,14 +87,14 @@ def restore(path: Path, ends: list[int], stack: Stack, traces: Traces, scores: S
         DamagedCheckpointError: if the file is no whole checkpoint.
     """
     content = _read(path, stack.recipe.device)
-    runs = stack.runs
+    runs, asked = stack.runs, set(stack.runs)
     if content is None:
         return False
     saved = _runs(content)
-    if not set(runs) <= set(saved) or not _agrees(content, stack.seeds, ends):
+    if not asked <= set(saved) or not _agrees(content, stack.seeds, ends):
         return False
     alive = [saved[i] for i in content["alive"]]
-    rows = [i for i, run in enumerate(alive) if run in set(runs)]
+    rows = [i for i, run in enumerate(alive) if run in asked]
     stack.keep([runs.index(alive[i]) for i in rows])
     chosen = torch.tensor(rows, dtype=torch.long, device=stack.recipe.device)
     parameters, *states = (
@@ -102,8 +102,8 @@ def restore(path: Path, ends: list[int], stack: Stack, traces: Traces, scores: S
         for state in (content["parameters"], *content["states"])
     )
     stack.load(content["step"], parameters, states)
-    for there, here in ((content["losses"], traces.losses), (content["shares"], traces.shares)):
-        here.update({run: there[saved.index(run)].cpu() for run in runs})  # read onto the stack's device
+    held = [saved.index(run) for run in runs]
+    traces.load(content["losses"].cpu()[held], content["shares"].cpu()[held])  # read onto the stack's device
     scores.update({(saved[i], end): (accuracy, loss) for i, end, accuracy, loss in content["scores"]})
     return True
 

@@ -26,7 +26,7 @@ from gammaopt.online._device import on_device, seeded
 from gammaopt.online._graph import Stepper
 from gammaopt.online._stack import CannotStackError, Seeds, Stack, Traces, check_forward
 from gammaopt.online.record import RunRecord
-from gammaopt.online.train import FAMILIES, LOOK_EVERY, Recipe, Run, built, first_bad, summarise, train
+from gammaopt.online.train import FAMILIES, LOOK_EVERY, Recipe, Run, built, summarise, train
 
 STACK_BYTES = 32 * 2**20  # parameters, gradients and states of a stack: about a processor's last-level cache
 ALONE_BYTES = 2**20  # a run that has this much of its own fills the processor by itself
@@ -129,7 +129,8 @@ def train_many(
                     progress.add(each)
                 continue
             size = stack or _stack_size(seeds, members)
-            begun = [run for run in saving.begun(seeds, ends) if run in set(members)]
+            asked = set(members)
+            begun = [run for run in saving.begun(seeds, ends) if run in asked]
             queue = _stacks(members, size, begun if len(begun) <= (stack or len(begun)) else [])
             while queue:
                 part = queue.pop(0)
@@ -325,8 +326,7 @@ def _train_stack(
         began = stack.step
         while stack.step < until:
             traces.add(*take_step())
-        traces.look(stack.runs)
-        alive = [i for i, run in enumerate(stack.runs) if first_bad(traces.losses[run]) is None]
+        alive = traces.look(stack.runs)
         if len(alive) < len(stack.runs):
             stack.keep(alive)
         if stack.step in ends and stack.runs:
@@ -341,10 +341,7 @@ def _train_stack(
     progress.add((steps - stack.step) * len(runs))  # all diverged
     for run in runs:
         law = stack.seeds[run.seed].plan.law(FAMILIES[recipe.optimizer])
-        losses, shares = traces.losses[run], traces.shares[run]
-        records = []
-        for end in ends:
-            score = scores[run, end] if first_bad(losses[:end]) is None else (0.0, math.nan)
-            records.append(summarise(run, end, law, losses, shares, score))
-        finish(run, records)
+        losses, shares = traces.losses[traces.runs[run]], traces.shares[traces.runs[run]]
+        # A run that had diverged by the end of a budget has no score there: it had left the stack.
+        finish(run, [summarise(run, end, law, losses, shares, scores.get((run, end), (0.0, math.nan))) for end in ends])
     saving.remove()

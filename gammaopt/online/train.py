@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple, cast, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gammaopt._errors import UsageError, at_least, one_of, positive, whole
@@ -229,8 +230,13 @@ class _Log:
 
 def first_bad(losses: Tensor) -> int | None:
     """First step, from 1, whose loss is not finite or beyond the limit. The first loss is that of f = 0."""
-    bad = ~torch.isfinite(losses) | (losses > DIVERGED_RATIO * losses[0])
+    bad = bad_losses(losses, losses[:1])
     return int(bad.nonzero()[0]) + 1 if bad.any() else None
+
+
+def bad_losses(losses: Tensor, first: Tensor) -> Tensor:
+    """Which losses are not finite, or beyond the limit that the first one sets."""
+    return ~torch.isfinite(losses) | (losses > DIVERGED_RATIO * first)
 
 
 def summarise(
@@ -245,31 +251,40 @@ def summarise(
         losses, shares: loss, and share of right answers, of the steps there are (float64, on the CPU).
         score: held-out accuracy and loss at the end; of no meaning if the run diverged.
     """
-    losses, shares = losses[:steps], shares[:steps]
-    diverged_at = first_bad(losses)
+    diverged_at = first_bad(losses[:steps])
     good = steps if diverged_at is None else diverged_at - 1
     accuracy, loss = score
     if diverged_at is None and not math.isfinite(loss):
         diverged_at = steps + 1  # the last step blew the weights up: the batch after it would have shown it
     ends = [step for step in log_spaced(steps) if step <= good]
-    spans = list(pairwise([0, *ends]))
+    # NumPy's: one call for all means of a curve, and a tenth of torch's time for each number of a small array.
+    losses_before, shares_before = losses.numpy()[:good], shares.numpy()[:good]
     return RunRecord(
         gamma=run.gamma,
         lr=run.lr,
         seed=run.seed,
         steps=steps,
         effective_lr=run.lr * law.factor(run.gamma),
-        prequential_accuracy=float(shares[:good].sum()) / steps,
-        prequential_loss=float(losses[:good].mean()) if good else None,
+        prequential_accuracy=float(shares_before.sum()) / steps,
+        prequential_loss=float(losses_before.mean()) if good else None,
         final_accuracy=accuracy if diverged_at is None else 0.0,
         final_loss=loss if diverged_at is None else None,
         diverged_at=diverged_at,
         curve=Curve(
             steps=tuple(ends),
-            loss=tuple(six_digits(float(losses[a:b].mean())) for a, b in spans),
-            accuracy=tuple(six_digits(float(shares[a:b].mean())) for a, b in spans),
+            loss=_means(losses_before, ends),
+            accuracy=_means(shares_before, ends),
         ),
     )
+
+
+def _means(values: NDArray[np.float64], ends: list[int]) -> tuple[float, ...]:
+    """Means between the ``ends``, (steps,) → as many numbers, six digits each."""
+    if not ends:
+        return ()
+    starts = [0, *ends[:-1]]
+    means = np.add.reduceat(values[: ends[-1]], starts) / np.subtract(ends, starts)
+    return tuple(map(six_digits, means.tolist()))
 
 
 @torch.no_grad()

@@ -284,6 +284,15 @@ def test_other_budgets_train_no_longer_than_what_is_missing(
     assert again.others == len(grown.records) - len(again.records)
 
 
+def test_one_at_a_time_trains_no_budget_that_is_held(tmp_path: Path) -> None:
+    portrait(RECIPE, Grid((0.5,), (1.0,)), tmp_path, budgets=10)
+    told: list[Progress] = []
+    grid = Grid((0.5, 2.0), (1.0,))
+    made = portrait(RECIPE, grid, tmp_path, budgets=(10, 30), one_at_a_time=True, on_progress=told.append)
+    assert told[-1] == Progress(30 + 40, 30 + 40)
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == len(made.records) == 4
+
+
 def test_what_a_killed_call_had_begun_comes_ahead_of_what_was_asked_for_since(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[Run]
 ) -> None:
@@ -388,6 +397,13 @@ def test_the_trained_edge_is_found_and_moves_with_the_budget_as_the_plateau_law_
     # η*·plateau: γ^(2/4)·γ^(1 − 2/4) = γ above the knee, γ² below.
     assert predicted_trained_edge(made.law, 100.0) == pytest.approx(100.0)
     assert predicted_trained_edge(made.law, 0.1) == pytest.approx(0.01)
+
+
+def test_a_grid_given_in_another_order_has_the_same_edges() -> None:
+    made = made_up()
+    turned = dataclasses.replace(made.grid, gammas=made.grid.gammas[::-1], rates=made.grid.rates[::-1])
+    assert dataclasses.replace(made, grid=turned).trained_edge(100) == made.trained_edge(100) != {}
+    assert turned == made.grid
 
 
 def test_exponents_are_those_of_the_law() -> None:

@@ -41,7 +41,10 @@ def positive(name: str, value: float) -> float:
 
 def rate(name: str, value: float) -> float:
     """Return ``value`` as a float, or raise :class:`UsageError` unless it is finite and ≥ 0: schedulers write 0."""
-    return 0.0 if not isinstance(value, (str, bool)) and value == 0 else positive(name, value)
+    try:
+        return 0.0 if not isinstance(value, (str, bool)) and value == 0 else positive(name, value)
+    except UsageError as error:
+        raise UsageError(str(error).replace(f"finite {name} > 0", f"finite {name} >= 0")) from None
 
 
 def at_least(name: str, value: int, minimum: int) -> int:

@@ -34,7 +34,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -76,6 +76,7 @@ class Plan:
         readout: qualified name of the layer whose output is the network's.
         base: the network that rates were tuned on, if it was given.
         residual: the depth rule of a residual network, if it was given.
+        stated: which of ``"depth"`` and ``"knee"`` the user gave: a checkpoint replaces only what was measured.
     """
 
     gamma: float
@@ -88,6 +89,7 @@ class Plan:
     readout: str | None = None
     base: Base | None = None
     residual: DepthRule | None = None
+    stated: tuple[str, ...] = field(default=(), compare=False)  # one rank may measure it and give it to the others
 
     def law(self, optimizer: OptimizerFamily = "sgd") -> EtaLaw:
         """The learning-rate law of this model under a family of optimizers."""

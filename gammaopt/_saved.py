@@ -6,9 +6,10 @@ beside it:
     γ, depth, knee, the depth rule's m and α, the form of the rates, a fingerprint of their width factors, the loss
 
 The form is the position in :data:`FORMS`. The fingerprint (:attr:`Plan.fingerprint`) tells another base network or
-other ``roles=``. Depth and knee are adopted: measured anew on another draw they would give other rates. In the rest a
-checkpoint must agree: γ, m and α are part of the function, and under other width factors the same ``lr`` means other
-rates. Only the loss is the user's to change, with a warning.
+other ``roles=``. Depth and knee are adopted where they were measured: measured anew on another draw they would give
+other rates. In the rest, and in a depth or knee that the user gave, a checkpoint must agree: γ, m and α are part of the
+function, and under other width factors the same ``lr`` means other rates. Only the loss is the user's to change, with a
+warning.
 """
 
 from __future__ import annotations
@@ -92,6 +93,13 @@ def disagreements(saved: Tensor, plan: Plan, *, same_shapes: bool = True) -> lis
             "load it with the version of gammaopt that saved it"
         )
         return lines
+    for name, saved_at, given in (("depth", theirs[1], ours[1]), ("knee", theirs[2], ours[2])):
+        if name in plan.stated and saved_at != given:
+            lines.append(
+                f"the checkpoint was saved at {name} = {saved_at:g} and this model is wrapped with "
+                f"{name}={given:g}, where one lr means other rates; "
+                f"wrap the net with {name}={saved_at:g}, or without {name}= to take the checkpoint's"
+            )
     if theirs[3:5] != ours[3:5]:
         (m, alpha), here = theirs[3:5], ours[3:5]
         lines.append(
@@ -153,6 +161,25 @@ def _in_range(values: list[float]) -> bool:
     return len(values) < 8 or (0 <= round(values[5]) < len(FORMS) and 0 <= round(values[7]) < len(LOSSES))
 
 
+def uncentred(model: nn.Module, saved: Mapping[str, Any]) -> list[str]:
+    """What to warn of after a checkpoint was loaded with ``strict=False``: it left θ₀ as it was, or came without γ."""
+    if model._gammaopt_reference is None or not any(name in saved for name, _ in model.named_parameters()):
+        return []
+    if any(name.startswith(THETA0) for name in saved):
+        return [] if PLAN in saved else _centring(model, saved)
+    return [
+        "the checkpoint has no θ₀, so f stays centred on this model's own start and is not 0 at what was loaded; "
+        "to start from the checkpoint load it into the net before gammaopt.wrap"
+    ]
+
+
+def shortened(error: str) -> str:
+    """Torch's list of what does not fit, cut behind its first entry: ours has said what it means."""
+    head, *entries = error.splitlines()
+    entries.sort(key=lambda entry: entry.strip().startswith("θ₀"))
+    return "\n".join([head, entries[0], f"\t… and {len(entries) - 1} more"] if len(entries) > 2 else [head, *entries])
+
+
 def _compared(saved: Tensor, plan: Plan) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The numbers of a checkpoint, each as ours where it equals ours up to rounding, and ours."""
     ours = numbers(plan)
@@ -193,6 +220,11 @@ def _centring(model: nn.Module, saved: Mapping[str, Any]) -> list[str]:
     """A frozen copy on one side only."""
     here, there = model._gammaopt_reference is not None, any(name.startswith(THETA0) for name in saved)
     if here == there:
+        if here and PLAN not in saved:
+            return [
+                f"the checkpoint has θ₀ and no {PLAN!r}, so nothing tells at which γ it was saved; save the model's "
+                "whole state_dict()"
+            ]
         return []
     if there:
         return [

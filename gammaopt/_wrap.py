@@ -62,7 +62,8 @@ def wrap(
         gamma: feature-learning strength γ > 0: small is lazy (kernel-like), large is rich.
         depth: effective depth L; measured from ``example_inputs`` if not given, with biases at 0. Give it where
             trainable weights start at 0, as a low-rank adapter's do: what is measured then is too small, rates above
-            the knee are too high, and a warning says so.
+            the knee are too high, and a warning says so. A checkpoint brings its own in place of a measured one, so
+            that a restart trains alike; where both are given and differ it is refused. So with ``knee``.
         example_inputs: one batch (a tensor, a tuple of positional or a dict of keyword arguments). Also tells which
             layer is the readout, the last to run of those that h depends on: without it the readout is the Linear or
             Conv layer registered last.
@@ -107,6 +108,7 @@ def wrap(
     one_of("loss", loss, get_args(Loss))
     depth = None if depth is None else positive("depth", depth)
     knee = None if knee is None else positive("knee", knee)
+    stated = tuple(name for name, value in (("depth", depth), ("knee", knee)) if value is not None)
     if depth is None and example_inputs is None:
         raise UsageError("depth is not known; give depth=, or example_inputs= to measure it")
     if center == "zero_readout" and example_inputs is None:
@@ -145,7 +147,7 @@ def wrap(
     if center == "zero_readout":
         zero_readout(start, readout, cast("Inputs", example_inputs), output)
     width = next((rule.fan_in for rule in rules if rule.role == "readout weight"), None)
-    plan = Plan(gamma, depth, loss, knee, parametrization, width, rules, readout, reference_base, depth_rule)
+    plan = Plan(gamma, depth, loss, knee, parametrization, width, rules, readout, reference_base, depth_rule, stated)
     if center == "copy":
         _warn_if_imprecise(net, gamma)
 

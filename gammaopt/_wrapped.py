@@ -159,6 +159,9 @@ class Wrapped(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As torch's; what does not fit is first said in one line.
 
+        A plain network knows no θ₀ and no plan, so it refuses the checkpoint of a wrapped one in torch's words: load
+        that into a wrapped model and :func:`gammaopt.unwrap` or :func:`gammaopt.fold` it.
+
         Raises:
             CheckpointError: a ``RuntimeError`` as torch's own, for a checkpoint of a plain network, or of one at
                 another γ, parametrization, base, depth, width or centring. Where γ or the rates differ, the model is
@@ -169,9 +172,13 @@ class Wrapped(nn.Module):
         if of_plan:  # before anything is copied into the model
             raise CheckpointError("\n".join([*of_plan, *others]))
         try:
-            return super().load_state_dict(state_dict, *args, **kwargs)
+            keys = super().load_state_dict(state_dict, *args, **kwargs)
         except RuntimeError as error:
-            raise CheckpointError("\n".join([*others, str(error)])) from None
+            words = _saved.shortened(str(error)) if others else str(error)
+            raise CheckpointError("\n".join([*others, words])) from None
+        for line in _saved.uncentred(self, state_dict):  # with strict=False; else it was refused above
+            warnings.warn(line, stacklevel=2)
+        return keys
 
     def _load_from_state_dict(
         self,
@@ -199,13 +206,15 @@ class Wrapped(nn.Module):
         if self._gammaopt_reference is None:
             unexpected_keys.extend(start + name for name in ours)
             return
+        if ours and saved is None:  # θ₀ of a γ that nobody knows
+            missing_keys.append(prefix + PLAN)
         _distributed.follow_sharding(self, self._gammaopt_reference)
         try:
             assign = bool(local_metadata.get("assign_to_params_buffers", False))
             keys = self._gammaopt_reference.load_state_dict(ours, strict=False, assign=assign)
             self._gammaopt_reference.requires_grad_(False)
         except RuntimeError as error:
-            error_msgs.append(str(error))
+            error_msgs.extend(f"θ₀: {line.strip()}" for line in str(error).splitlines()[1:])
             return
         if not keys.missing_keys:
             # Buffers that no checkpoint has are filled again in the model, and at its next call here from those.

@@ -141,14 +141,14 @@ class Adam(_AdamStep, torch.optim.Adam):
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, differentiable, fused,
-        decoupled_weight_decay: as in ``torch.optim.Adam``, in the same order. ``lr`` must be > 0 here. Without
+        decoupled_weight_decay: as in ``torch.optim.Adam``, in the same order. ``lr`` must be finite. Without
             ``decoupled_weight_decay`` the term weight_decay·w is part of the gradient, and is scaled by the same
             factor as ``eps`` (1/γ, and 1/N in mean-field form): the balance of loss and decay in Adam's normalised
             update is then the same at every γ and width. With it, each step shrinks a weight by lr·weight_decay.
         gamma, depth, loss, knee: as in :class:`gammaopt.SGD`.
 
     Raises:
-        UsageError: a ``ValueError``, for ``lr`` ≤ 0, or for parameters whose γ is not known.
+        UsageError: a ``ValueError``, for ``lr`` < 0, or for parameters whose γ is not known.
 
     Example:
         >>> import torch
@@ -207,7 +207,7 @@ class AdamW(_AdamStep, torch.optim.AdamW):
         gamma, depth, loss, knee: as in :class:`gammaopt.SGD`.
 
     Raises:
-        UsageError: a ``ValueError``, for ``lr`` ≤ 0, or for parameters whose γ is not known.
+        UsageError: a ``ValueError``, for ``lr`` < 0, or for parameters whose γ is not known.
     """
 
     def __init__(

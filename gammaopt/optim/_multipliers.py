@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _default_to_fused_or_foreach, _use_grad_for_differentiable
 
 from gammaopt import _registry
-from gammaopt._errors import UsageError, positive
+from gammaopt._errors import UsageError, rate
 from gammaopt._laws import EtaLaw, Loss, OptimizerFamily
 from gammaopt._plan import Plan, Scale
 
@@ -58,6 +58,10 @@ def _buckets(scales: Iterable[Scale]) -> Buckets:
     return list(buckets.items())
 
 
+class Baked(list[Any]):
+    """The parameters of a group of :func:`gammaopt.param_groups`, whose rate has γ in it. Torch keeps a plain list."""
+
+
 class Multipliers(Optimizer):
     """Mixin for a torch optimizer: finds each parameter's scale when a group is added, keeps it, steps with it.
 
@@ -85,9 +89,9 @@ class Multipliers(Optimizer):
 
     @staticmethod
     def _check_lr(lr: float | Tensor) -> None:
-        # A tensor of several elements is torch's to report.
+        # A tensor of several elements is torch's to report. 0 is where a warm-up may start.
         if not isinstance(lr, Tensor) or lr.numel() == 1:
-            positive("lr", float(lr.detach()) if isinstance(lr, Tensor) else lr)
+            rate("lr", float(lr.detach()) if isinstance(lr, Tensor) else lr)
 
     def _check_group_lr(self, index: int, at_least: float = -math.inf) -> None:
         """Refuse a group's own lr that is no number, not finite, or too small; torch checks the constructor's only.
@@ -105,6 +109,12 @@ class Multipliers(Optimizer):
             raise UsageError(f"lr={lr!r} of param_groups[{index}] is not allowed; give a finite lr{wanted}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict) and isinstance(param_group.get("params"), Baked):
+            raise UsageError(
+                "these groups are of gammaopt.param_groups, whose rates have γ in them already, and "
+                f"{type(self).__name__} would count it twice; give it model.parameters(), "
+                "or the groups to an optimizer of torch"
+            )
         super().add_param_group(param_group)
         try:
             self._check_group_lr(len(self.param_groups) - 1, at_least=0)

@@ -45,12 +45,12 @@ class Muon(Multipliers, torch.optim.Muon):
 
     Args:
         params, lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn: as in
-            ``torch.optim.Muon``, in the same order. ``lr`` must be > 0 here. Each step shrinks a weight by
+            ``torch.optim.Muon``, in the same order. ``lr`` must be finite. Each step shrinks a weight by
             lr·weight_decay, whatever its multiplier.
         gamma, depth, loss, knee: as in :class:`gammaopt.SGD`.
 
     Raises:
-        UsageError: a ``ValueError``, for ``lr`` ≤ 0, or for parameters whose γ is not known.
+        UsageError: a ``ValueError``, for ``lr`` < 0, or for parameters whose γ is not known.
 
     Example:
         >>> import torch

@@ -2,8 +2,9 @@ r"""Baked parameter groups, for optimizers that gammaopt does not have: one grou
 
     group:  lr·m,  weight_decay/m (weight_decay·e where Adam couples it),  eps·e
 
-The optimizer then needs to know nothing of γ. What is baked in is fixed: a scheduler that writes absolute rates into
-the groups (OneCycleLR, CyclicLR, a minimum rate) flattens it, where :class:`gammaopt.SGD` would not.
+The optimizer then needs to know nothing of γ, and one of gammaopt's, which would count it twice, refuses the groups.
+What is baked in is fixed: a scheduler that writes absolute rates into the groups (OneCycleLR, CyclicLR, a minimum rate)
+flattens it, where :class:`gammaopt.SGD` would not.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from gammaopt import _registry
 from gammaopt._errors import UsageError, one_of, positive
 from gammaopt._laws import OptimizerFamily
 from gammaopt._plan import Scale
-from gammaopt.optim._multipliers import owned_scales
+from gammaopt.optim._multipliers import Baked, owned_scales
 
 
 def param_groups(
@@ -80,7 +81,7 @@ def param_groups(
         # Where nothing follows the gradient's size, its factor must not split a group.
         key = scale if eps is not None or by_size else Scale(scale.lr)
         if key not in groups:
-            groups[key] = {"params": [], "lr": lr * scale.lr}
+            groups[key] = {"params": Baked(), "lr": lr * scale.lr}
             if weight_decay is not None:
                 groups[key]["weight_decay"] = weight_decay * scale.eps if by_size else weight_decay / scale.lr
             if eps is not None:

@@ -26,16 +26,15 @@ class SGD(Multipliers, torch.optim.SGD):
 
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused:
-            as in ``torch.optim.SGD``, in the same order. ``lr`` must be > 0 here; a group may have 0 and
-            a scheduler may set it. A number that is negative or not finite is refused at the next step; tensors are
-            not read.
+            as in ``torch.optim.SGD``, in the same order. ``lr`` must be finite. A number that
+            is not, in a group or from a scheduler, is refused at the next step; tensors are not read.
         gamma: feature-learning strength, for parameters of no wrapped model.
         depth: effective depth, together with ``gamma``.
         loss: ``"mse"`` or ``"cross_entropy"``, together with ``gamma``; it matters for γ < 1 only.
         knee: γ_c, together with ``gamma``.
 
     Raises:
-        UsageError: a ``ValueError``, for ``lr`` ≤ 0, or for parameters whose γ is not known.
+        UsageError: a ``ValueError``, for ``lr`` < 0, or for parameters whose γ is not known.
 
     Example:
         >>> import torch

@@ -13,6 +13,7 @@ from torch import nn
 
 import gammaopt
 from gammaopt import Plan, UsageError, wrap
+from gammaopt._errors import CheckpointError
 from gammaopt._plan import Scale
 from gammaopt.online import MLP
 
@@ -212,3 +213,69 @@ def test_of_several_mismatches_gamma_comes_first_and_all_are_named() -> None:
     lines = str(caught.value).splitlines()
     assert len(lines) == len(starts)
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
+
+
+X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+
+
+def measured(gamma: float = 2.0, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    return wrap(MLP(6, 3, width=16), gamma, example_inputs=X, **settings)
+
+
+def test_a_stated_depth_or_knee_is_not_replaced_by_another_one_silently() -> None:
+    saved = measured().state_dict()
+    for settings, line in (
+        (
+            {"depth": 2.0},
+            r"^the checkpoint was saved at depth = 3 and .* wrapped with depth=2, .* without depth= ",
+        ),
+        (
+            {"knee": 50.0},
+            r"^the checkpoint was saved at knee = .* wrapped with knee=50, .* without knee= ",
+        ),
+    ):
+        model = measured(**settings)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(CheckpointError, match=line) as caught:
+            model.load_state_dict(saved)
+        assert len(str(caught.value).splitlines()) == 1
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    measured(depth=3.0).load_state_dict(saved)  # the same one
+    model = measured()  # a measured one is replaced
+    model.load_state_dict(measured(depth=2.0, knee=50.0).state_dict())
+    assert (model.gammaopt.depth, model.gammaopt.knee) == (2, 50)
+
+
+def test_a_checkpoint_with_theta_zero_and_no_plan_may_be_of_any_gamma() -> None:
+    saved = measured(30.0).state_dict()
+    del saved["gammaopt_plan"]
+    line = "the checkpoint has θ₀ and no 'gammaopt_plan', so nothing tells at which γ it was saved; save the model's"
+    with pytest.raises(CheckpointError, match=f"^{line}"):
+        measured(2.0).load_state_dict(saved)
+    with pytest.warns(UserWarning, match=f"^{line}"):
+        measured(2.0).load_state_dict(saved, strict=False)
+    whole = nn.Sequential(measured(30.0))
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: .0.gammaopt_plan"):
+        whole.load_state_dict({f"0.{name}": value for name, value in saved.items()})
+
+
+def test_a_plain_checkpoint_that_is_loaded_with_strict_false_leaves_theta_zero_and_says_so() -> None:
+    plain = MLP(6, 3, width=16).state_dict()
+    model = measured()
+    with pytest.warns(UserWarning, match=r"^the checkpoint has no θ₀, .* load it into the net before gammaopt.wrap$"):
+        model.load_state_dict(plain, strict=False)
+    assert model(X).abs().max() > 0
+    measured(center="none").load_state_dict(plain, strict=False)  # no θ₀ to miss, and so no warning
+
+
+def test_a_checkpoint_of_another_width_is_told_in_a_few_lines() -> None:
+    torch.manual_seed(0)
+    saved = wrap(MLP(6, 3, width=8), 2.0, depth=3).state_dict()
+    with pytest.raises(CheckpointError) as caught:
+        wrapped("as_is").load_state_dict(saved)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("the checkpoint was saved at another width: '1.weight' is (8, 6) there")
+    assert lines[2].startswith("\tsize mismatch for")
+    assert lines[3].endswith("more")
+    assert len(lines) == 4

@@ -135,3 +135,18 @@ def test_moving_average_computes_the_function_of_the_averaged_parameters() -> No
     for mean, frozen in zip(*(reference.parameters() for reference in references), strict=True):
         assert torch.equal(mean, frozen)
     assert average(x).abs().max() > 0
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
+def test_muon_by_name_is_for_matrices() -> None:
+    model = wrap(net("vit"), 5.0, depth=3)
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    optimizer: Any = optim.create_optimizer_v2(matrices, opt="gammamuon", lr=0.01)
+    assert type(optimizer) is gammaopt.Muon
+    plan: Any = model.gammaopt
+    multipliers = plan.multipliers("muon")
+    assert optimizer.effective_lrs() == {
+        name: pytest.approx(0.01 * multipliers[name]) for name, p in model.named_parameters() if p.dim() == 2
+    }
+    with pytest.raises(ValueError, match="2D parameters"):
+        optim.create_optimizer_v2(model, opt="gammamuon", lr=0.01)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import NAMES, bare, model_and_data, ours, plan_of, theirs
+from reference import NAMES, bare, model_and_data, ours, plan_of, run, theirs
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 from torch_cases import Bad, torch_cases
@@ -90,12 +90,24 @@ def test_sparse_gradients_are_refused_where_torch_refuses_them(name: str, sparse
     assert raised(lambda: step(bare(name, [b], [Scale(2.0)], **sparse_with), b)) == expected
 
 
-@pytest.mark.parametrize("lr", [0.0, -1e-3, float("nan"), float("inf"), torch.tensor(0.0), torch.tensor([-1.0])])
+@pytest.mark.parametrize("lr", [-1e-3, float("nan"), float("inf"), torch.tensor([-1.0])])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_rate_that_is_not_positive_is_a_usage_error(name: str, lr: float | Tensor) -> None:
+def test_a_rate_that_is_negative_or_not_finite_is_a_usage_error(name: str, lr: float | Tensor) -> None:
     model, _, _ = model_and_data()
-    with pytest.raises(UsageError, match=r"^lr=\S+ is not allowed; give a finite lr > 0$"):
+    with pytest.raises(UsageError, match=r"^lr=\S+ is not allowed; give a finite lr >= 0$"):
         ours(name)(model.parameters(), lr=lr)
+
+
+@pytest.mark.parametrize("lr", [0, 0.0, torch.tensor(0.0)])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rate_of_zero_is_accepted_as_by_torch_and_moves_nothing(name: str, lr: float | Tensor) -> None:
+    model, x, y = model_and_data()
+    theirs(name)(nn.Linear(2, 2).parameters(), lr=lr)
+    optimizer = ours(name)(model.parameters(), lr=lr, weight_decay=0.1)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    run(model, optimizer, x, y, 1)
+    assert set(optimizer.effective_lrs().values()) == {0.0}
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
 
 
 BAD_RATES = [-1e-3, float("nan"), float("inf"), "0.1", None, True]

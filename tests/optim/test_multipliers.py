@@ -67,8 +67,7 @@ def test_parameters_of_no_wrapped_model_need_gamma_and_depth() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": 0.0}, r"lr=0 is not allowed; give a finite lr > 0"),
-        ({"lr": -1e-3}, r"lr=-0.001 is not allowed"),
+        ({"lr": -1e-3}, r"lr=-0.001 is not allowed; give a finite lr >= 0"),
         ({"lr": float("nan")}, r"lr=nan is not allowed"),
         ({"lr": "fast"}, r"lr='fast' is not a number"),
         ({"gamma": 2.0}, r"gamma= was given without depth=; give both"),

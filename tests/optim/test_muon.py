@@ -196,8 +196,9 @@ def test_refusals_are_torchs_and_the_packages() -> None:
         with pytest.raises(ValueError) as caught:  # noqa: PT011
             gammaopt.Muon(params, **options)
         assert str(caught.value) == str(expected.value)
-    with pytest.raises(UsageError, match=r"^lr=0 is not allowed; give a finite lr > 0$"):
-        gammaopt.Muon(matrices(model), lr=0.0)
+    with pytest.raises(UsageError, match=r"^lr=-1 is not allowed; give a finite lr >= 0$"):
+        gammaopt.Muon(matrices(model), lr=-1.0)
+    assert set(gammaopt.Muon(matrices(model), lr=0.0).effective_lrs().values()) == {0.0}
     with pytest.raises(UsageError, match=r"parameter 0 \(2, 2\) belongs to no wrapped model"):
         gammaopt.Muon([nn.Parameter(torch.ones(2, 2))])
 

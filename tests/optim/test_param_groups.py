@@ -130,3 +130,15 @@ def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         param_groups(**{"model": model, "lr": 0.1, **change})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_gammaopts_own_optimizers_refuse_baked_groups_which_have_gamma_already(name: str) -> None:
+    model, _, _ = model_and_data()
+    message = rf"^these groups are of gammaopt.param_groups, .*{name} would count it twice; give it model"
+    with pytest.raises(UsageError, match=message):
+        ours(name)(param_groups(model, lr=0.1), lr=0.1)
+    with pytest.raises(UsageError, match="count it twice"):
+        ours(name)([{**group, "weight_decay": 0.0} for group in param_groups(model, lr=0.1)], lr=0.1)
+    kept = theirs(name)(param_groups(model, lr=0.1), lr=0.1).param_groups
+    assert {type(group["params"]) for group in kept} == {list}

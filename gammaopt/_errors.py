@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import operator
 from collections.abc import Callable, Iterable
 from types import ModuleType
 
@@ -44,12 +45,21 @@ def rate(name: str, value: float) -> float:
 
 
 def at_least(name: str, value: int, minimum: int) -> int:
-    """Return ``value``, or raise :class:`UsageError` unless it is an integer >= ``minimum``."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise UsageError(f"{name}={value!r} is not a whole number; give an integer >= {minimum}")
-    if value < minimum:
+    """Return ``value`` as an ``int``, or raise :class:`UsageError` unless it is an integer >= ``minimum``."""
+    number = whole(name, value, f"an integer >= {minimum}")
+    if number < minimum:
         raise UsageError(f"{name}={value} is too small; give at least {minimum}")
-    return value
+    return number
+
+
+def whole(name: str, value: int, wanted: str = "an integer") -> int:
+    """Return ``value`` as an ``int``, or raise :class:`UsageError` unless it is an integer: of NumPy's too."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise UsageError(f"{name}={value!r} is not a whole number; give {wanted}") from None
 
 
 def one_of(name: str, value: str, allowed: Iterable[str]) -> str:

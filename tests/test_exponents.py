@@ -156,6 +156,15 @@ def test_smoke_portrait_decides_its_claims_and_goes_on(tmp_path: Path, capsys: p
     assert runs.read_bytes() == before
 
 
+def test_the_published_portraits_are_those_of_the_preset() -> None:
+    path = Path(phase_portrait.__file__).parent / "results" / "phase_portrait" / "cpu.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert list(dict.fromkeys(row["case"] for row in rows)) == [case.name for case in phase_portrait.PRESETS["cpu"]]
+    for row in rows:
+        assert row["low"] <= row["measured"] <= row["high"], row
+        assert row["holds"] == (abs(row["measured"] - row["predicted"]) <= row["tolerance"])
+
+
 def test_the_interval_of_a_common_slope_is_students() -> None:
     """Against scipy's for one line, and covering the truth 95 times in 100 for several with noise."""
     x, y = [0.0, 1.0, 2.0, 4.0], [0.1, 0.9, 2.2, 3.9]

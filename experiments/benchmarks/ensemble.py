@@ -185,8 +185,12 @@ def flops(recipe: Recipe) -> float:
     return float(counter.get_total_flops())
 
 
-def matmul_rate(device: str, size: int = 1024) -> float:
-    """Floating-point operations per second of a large float32 matrix product: the best of ten."""
+def matmul_rate(device: str, size: int | None = None) -> float:
+    """Floating-point operations per second of a large float32 matrix product: the best of ten.
+
+    Large enough to fill the device: an accelerator needs 8,192 rows where 1,024 fill a processor.
+    """
+    size = size or (8192 if device == "cuda" else 1024)
     a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
     return 2 * size**3 / min(timed(partial(torch.mm, a, b), device) for _ in range(10))
 

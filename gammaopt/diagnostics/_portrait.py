@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from gammaopt._errors import UsageError, at_least, one_of, positive
+from gammaopt._errors import UsageError, at_least, one_of, positive, whole
 from gammaopt._files import locked, write_atomically
 from gammaopt._laws import EtaLaw
 from gammaopt.online._checkpoint import saved_runs
@@ -42,8 +42,8 @@ class Grid:
     """The cells of a portrait.
 
     Attributes:
-        gammas: feature-learning strengths.
-        rates: learning rates: c in η = c·s(γ) if ``unit`` is ``"law"``, or η itself if ``"eta"``.
+        gammas: feature-learning strengths, ascending, whatever order they were given in.
+        rates: learning rates, ascending too: c in η = c·s(γ) if ``unit`` is ``"law"``, or η itself if ``"eta"``.
         seeds: seeds at which every cell is trained.
         unit: what ``rates`` are.
     """
@@ -55,9 +55,11 @@ class Grid:
 
     def __post_init__(self) -> None:
         one_of("unit", self.unit, get_args(Unit))
-        for name, values in {"gammas": self.gammas, "rates": self.rates}.items():
-            for value in values:
-                positive(name, value)
+        # Python's own numbers, which a record can be written with: NumPy's are given too. An edge lies between
+        # neighbours, so those of the grid are neighbours in γ and rate.
+        for name in ("gammas", "rates"):
+            object.__setattr__(self, name, tuple(sorted(positive(name, value) for value in getattr(self, name))))
+        object.__setattr__(self, "seeds", tuple(whole("seeds", seed) for seed in self.seeds))
         for name, numbers in {"gammas": self.gammas, "rates": self.rates, "seeds": self.seeds}.items():
             if not numbers:
                 raise UsageError(f"the grid has no {name}; give at least one")
@@ -237,22 +239,26 @@ def _train_missing(
     one_at_a_time: bool,
     on_progress: Callable[[Progress], object] | None,
 ) -> None:
-    """Train the runs that the file lacks budgets of, each to the longest it lacks; those with the same one together."""
+    """Train the runs that the file lacks budgets of, each to the longest it lacks; those with the same one together.
+
+    A shorter budget that only some of them lack comes from the same steps, but one at a time it would be trained anew.
+    """
     held = {key: {record.steps for record in cell} for key, cell in by_run(file.records).items()}
-    lacking: dict[int, list[Run]] = {}
-    missing: dict[int, set[int]] = {}
+    lacking: dict[tuple[int, ...], list[Run]] = {}
+    missing: dict[tuple[int, ...], set[int]] = {}
     for run in runs:
         lacks = set(ends) - held.get(run, set())
         if lacks:
-            lacking.setdefault(max(lacks), []).append(run)
-            missing.setdefault(max(lacks), set()).update(lacks)
+            key = tuple(sorted(lacks)) if one_at_a_time else (max(lacks),)
+            lacking.setdefault(key, []).append(run)
+            missing.setdefault(key, set()).update(lacks)
     checkpoint = file.path.with_name("stack.pt")
     begun = set(saved_runs(checkpoint))
     # What a killed call had begun comes first: another group would write its own checkpoint over it.
     groups = sorted(lacking.items(), key=lambda group: not begun & set(group[1]))
-    lengths = [len(members) * (sum(missing[longest]) if one_at_a_time else longest) for longest, members in groups]
+    lengths = [len(members) * (sum(key) if one_at_a_time else key[-1]) for key, members in groups]
     total, done, restored = sum(lengths), 0, 0
-    for (longest, members), length in zip(groups, lengths, strict=True):
+    for (key, members), length in zip(groups, lengths, strict=True):
         last = Progress(0, length)
 
         def show(progress: Progress) -> None:
@@ -262,9 +268,9 @@ def _train_missing(
                 on_progress(Progress(done + progress.done, total, restored + progress.restored))  # noqa: B023
 
         train_many(
-            dataclasses.replace(recipe, steps=longest),
+            dataclasses.replace(recipe, steps=key[-1]),
             members,
-            budgets=sorted(missing[longest]),
+            budgets=sorted(missing[key]),
             one_at_a_time=one_at_a_time,
             checkpoint=checkpoint,
             on_done=lambda _, records: file.add(*records),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 from pathlib import Path
@@ -11,8 +12,8 @@ import torch
 
 from gammaopt._errors import UsageError
 from gammaopt._files import write_atomically
-from gammaopt.online._stack import Stack, Traces
-from gammaopt.online.train import Run
+from gammaopt.online._stack import Seeds, Stack, Traces
+from gammaopt.online.train import Recipe, Run
 
 
 class DamagedCheckpointError(UsageError):
@@ -22,33 +23,46 @@ class DamagedCheckpointError(UsageError):
 Scores = dict[tuple[Run, int], tuple[float, float]]  # (run, budget) → held-out accuracy and loss
 
 
-def _identity(stack: Stack, runs: list[Run], ends: list[int]) -> dict[str, Any]:
-    """What a checkpoint must agree with. The rates tell depth, knee, base and parametrization as they were measured."""
-    recipe, seeds = stack.recipe, stack.seeds
-    scales = [seeds.scales(run) for run in runs]
-    net = seeds[runs[0].seed].net
+def _settings(recipe: Recipe, ends: list[int]) -> dict[str, Any]:
+    """The part of what a checkpoint must agree with that needs no network."""
+    from gammaopt import __version__
+
     return {
-        "runs": [tuple(run) for run in runs],
+        "versions": [__version__, str(torch.__version__)],
         "budgets": list(ends),
         "recipe": [recipe.loss, recipe.optimizer, recipe.momentum, recipe.batch_size, recipe.parametrization],
         "inputs": [recipe.stream.name, str(recipe.dtype)],
-        "network": [(name, list(parameter.shape)) for name, parameter in net.named_parameters()],
         "law": [recipe.depth, recipe.knee],
+    }
+
+
+def _identity(seeds: Seeds, runs: list[Run], ends: list[int]) -> dict[str, Any]:
+    """What a checkpoint must agree with. The rates tell depth, knee, base and parametrization as they were measured."""
+    scales = [seeds.scales(run) for run in runs]
+    net = seeds[runs[0].seed].net
+    shapes = {name: list(parameter.shape) for name, parameter in net.named_parameters()}
+    trainable = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+    return {
+        **_settings(seeds.recipe, ends),
+        "runs": [tuple(run) for run in runs],
+        "network": list(shapes.items()),
+        # What has no parameters, e.g. the activations, and the modules' settings.
+        "modules": hashlib.blake2b(repr(net).encode(), digest_size=16).hexdigest(),
         # Six digits: a last bit may differ on the machine that goes on.
-        "rates": {name: [f"{s[name].lr:.6g} {s[name].eps:.6g}" for s in scales] for name in stack.parameters},
+        "rates": {name: [f"{s[name].lr:.6g} {s[name].eps:.6g}" for s in scales] for name in trainable},
     }
 
 
 def save(path: Path, runs: list[Run], ends: list[int], stack: Stack, traces: Traces, scores: Scores) -> None:
     """Replace the checkpoint, whole or not at all: two processes may write it at once, and a disk may be full."""
     content = {
-        "of": _identity(stack, runs, ends),
+        "of": _identity(stack.seeds, runs, ends),
         "step": stack.step,
         "alive": [runs.index(run) for run in stack.runs],
         "parameters": {name: stacked.detach() for name, stacked in stack.parameters.items()},
         "states": stack.states,
-        "losses": list(traces.losses.values()),
-        "shares": list(traces.shares.values()),
+        "losses": traces.losses[:, : traces.step].clone(),  # a view would be written with all that is behind it
+        "shares": traces.shares[:, : traces.step].clone(),
         "scores": [(runs.index(run), end, *score) for (run, end), score in scores.items()],
     }
     buffer = io.BytesIO()
@@ -63,27 +77,57 @@ def save(path: Path, runs: list[Run], ends: list[int], stack: Stack, traces: Tra
         ) from None
 
 
-def restore(path: Path, ends: list[int], stack: Stack, traces: Traces, scores: Scores) -> None:
-    """Go on from a checkpoint of the same stack, if there is one; one of anything else is left alone.
+def restore(path: Path, ends: list[int], stack: Stack, traces: Traces, scores: Scores) -> bool:
+    """Go on from a checkpoint that holds the stack's runs, these alone or among others; any other is left alone.
+
+    Returns:
+        Whether there was one.
 
     Raises:
         DamagedCheckpointError: if the file is no whole checkpoint.
     """
     content = _read(path, stack.recipe.device)
-    runs = stack.runs
-    if content is None or content["of"] != _identity(stack, runs, ends):
-        return
-    stack.keep(content["alive"])
-    stack.load(content["step"], content["parameters"], content["states"])
-    for there, here in ((content["losses"], traces.losses), (content["shares"], traces.shares)):
-        here.update(zip(runs, (trace.cpu() for trace in there), strict=True))  # read onto the stack's device
-    scores.update({(runs[i], end): (accuracy, loss) for i, end, accuracy, loss in content["scores"]})
+    runs, asked = stack.runs, set(stack.runs)
+    if content is None:
+        return False
+    saved = _runs(content)
+    if not asked <= set(saved) or not _agrees(content, stack.seeds, ends):
+        return False
+    alive = [saved[i] for i in content["alive"]]
+    rows = [i for i, run in enumerate(alive) if run in asked]
+    stack.keep([runs.index(alive[i]) for i in rows])
+    chosen = torch.tensor(rows, dtype=torch.long, device=stack.recipe.device)
+    parameters, *states = (
+        {name: stacked[chosen] for name, stacked in state.items()}
+        for state in (content["parameters"], *content["states"])
+    )
+    stack.load(content["step"], parameters, states)
+    held = [saved.index(run) for run in runs]
+    traces.load(content["losses"].cpu()[held], content["shares"].cpu()[held])  # read onto the stack's device
+    scores.update({(saved[i], end): (accuracy, loss) for i, end, accuracy, loss in content["scores"]})
+    return True
+
+
+def begun_runs(path: Path, seeds: Seeds, ends: list[int]) -> list[Run]:
+    """The runs of a checkpoint that a stack of this recipe and these budgets can go on from, in its order."""
+    content = _read(path, "cpu")
+    return _runs(content) if content is not None and _agrees(content, seeds, ends) else []
+
+
+def _runs(content: dict[str, Any]) -> list[Run]:
+    return [Run(*run) for run in content["of"]["runs"]]
+
+
+def _agrees(content: dict[str, Any], seeds: Seeds, ends: list[int]) -> bool:
+    of, settings = content["of"], _settings(seeds.recipe, ends)
+    same: bool = all(of.get(name) == value for name, value in settings.items())
+    return same and of == _identity(seeds, _runs(content), ends)
 
 
 def saved_runs(path: Path) -> list[Run]:
     """The runs of the stack that a checkpoint is of, in its order; none if there is no checkpoint."""
     content = _read(path, "cpu")
-    return [] if content is None else [Run(*run) for run in content["of"]["runs"]]
+    return [] if content is None else _runs(content)
 
 
 def _read(path: Path, device: str) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -20,14 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gammaopt._errors import UsageError, at_least, positive
-from gammaopt._laws import SMALLEST_FLOAT32_GAMMA
-from gammaopt.online._checkpoint import Scores, restore, save, saved_runs
+from gammaopt._errors import UsageError, at_least, positive, whole
+from gammaopt.online._checkpoint import Scores, begun_runs, restore, save, saved_runs
 from gammaopt.online._device import on_device, seeded
 from gammaopt.online._graph import Stepper
 from gammaopt.online._stack import CannotStackError, Seeds, Stack, Traces, check_forward
 from gammaopt.online.record import RunRecord
-from gammaopt.online.train import FAMILIES, LOOK_EVERY, Recipe, Run, built, first_bad, summarise, train
+from gammaopt.online.train import FAMILIES, LOOK_EVERY, Recipe, Run, built, summarise, train
 
 STACK_BYTES = 32 * 2**20  # parameters, gradients and states of a stack: about a processor's last-level cache
 ALONE_BYTES = 2**20  # a run that has this much of its own fills the processor by itself
@@ -70,7 +69,9 @@ def train_many(
 ) -> list[RunRecord]:
     """Train many runs of a recipe together; the same records as :func:`train` gives one by one.
 
-    Runs below γ = 1e-3 are trained in float64 if the recipe says float32, which loses too much of h − h₀ there.
+    Runs below γ = 0.01 are trained in float64 if the recipe says float32, which loses too much of h − h₀ there. A
+    chaotic run ends with another loss than alone in float64 too: one whose loss climbs far above that of f = 0 without
+    diverging, e.g. under cross-entropy at γ = 1e-3 and c ≥ 1.
     A run that diverges is recorded and leaves the stack, which goes on without it.
 
     Args:
@@ -82,9 +83,9 @@ def train_many(
             where a single run fills the machine.
         one_at_a_time: train run by run, with the modules as they are: for networks that can't be stacked.
         shared: batches and h₀ of each seed, kept from one call of the same recipe to the next.
-        checkpoint: file for the state of the stack in training, written now and then and removed at the end; a call
-            with the same runs goes on from there. Its folder is made if it isn't there. A file that is no checkpoint
-            is left alone, and an error.
+        checkpoint: file for the state of the stack in training, written now and then and removed when its runs are
+            done; a call with all or some of the same runs, networks, budgets and versions goes on from there. Its
+            folder is made if it isn't there. A file that is no checkpoint is left alone, and an error.
         checkpoint_seconds: how often it is written; every 30 s if ``None``.
         on_done: called with each run and its records, as soon as they are known.
         on_progress: called now and then; may raise :class:`StopTraining`.
@@ -104,10 +105,9 @@ def train_many(
     """
     runs = check_runs(runs)
     ends = check_budgets(budgets, recipe.steps)
-    checkpoint = None if checkpoint is None else Path(checkpoint)
     if stack is not None:
         at_least("stack", stack, 1)
-    seconds = CHECKPOINT_SECONDS if checkpoint_seconds is None else checkpoint_seconds
+    saving = _Saving(checkpoint, CHECKPOINT_SECONDS if checkpoint_seconds is None else checkpoint_seconds)
     each = sum(ends) if one_at_a_time else ends[-1]  # one run's steps: a run alone is trained anew for each budget
     progress = _Progress(len(runs) * each, on_progress)
     results: dict[Run, list[RunRecord]] = {}
@@ -118,7 +118,7 @@ def train_many(
             on_done(run, records)
 
     with on_device(recipe.device):
-        for dtype, members in _by_dtype(recipe, runs):
+        for dtype, members in _by_dtype(recipe, runs, saving.runs()):
             seeds = _seeds(dataclasses.replace(recipe, dtype=dtype), shared)
             if one_at_a_time:
                 for run in members:
@@ -129,12 +129,15 @@ def train_many(
                     progress.add(each)
                 continue
             size = stack or _stack_size(seeds, members)
-            queue = _stacks(members, size, checkpoint, stack)
+            asked = set(members)
+            begun = [run for run in saving.begun(seeds, ends) if run in asked]
+            queue = _stacks(members, size, begun if len(begun) <= (stack or len(begun)) else [])
             while queue:
                 part = queue.pop(0)
+                progress.keep()
                 try:
                     made = Stack(seeds, part, alone=size == len(part) == 1)
-                    _train_stack(made, ends, (checkpoint, seconds), finish, progress)
+                    _train_stack(made, ends, saving, finish, progress)
                     seeds.forget(but=KEPT_SEEDS)
                 except torch.OutOfMemoryError:
                     if len(part) == 1:
@@ -151,7 +154,7 @@ def _seeds(recipe: Recipe, shared: Seeds | None) -> Seeds:
 
 
 def check_runs(runs: Iterable[Run]) -> list[Run]:
-    """The runs, γ and rates as floats, each once."""
+    """The runs, γ and rates as floats and seeds as ints, each once."""
     example = "[Run(1.0, 0.1, 0), …]: γ, rate and seed of each"
     if isinstance(runs, Run) or not isinstance(runs, Iterable):
         raise UsageError(f"runs={runs!r} is no list of runs; give {example}")
@@ -161,9 +164,7 @@ def check_runs(runs: Iterable[Run]) -> list[Run]:
             gamma, lr, seed = run
         except (TypeError, ValueError):
             raise UsageError(f"{run!r} among the runs is no run; give {example}") from None
-        if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-            raise UsageError(f"seed={seed!r} is not a whole number; give {example}")
-        checked.append(Run(positive("gamma", gamma), positive("lr", lr), seed))
+        checked.append(Run(positive("gamma", gamma), positive("lr", lr), whole("seed", seed, example)))
     if len(set(checked)) < len(checked):
         twice = next(run for i, run in enumerate(checked) if run in checked[:i])
         raise UsageError(f"the run γ={twice.gamma:g}, lr={twice.lr:g}, seed={twice.seed} is given twice; drop one")
@@ -180,29 +181,25 @@ def check_budgets(budgets: Sequence[int] | int, steps: int) -> list[int]:
     return ends
 
 
-def _by_dtype(recipe: Recipe, runs: list[Run]) -> Iterator[tuple[torch.dtype, list[Run]]]:
-    exact = [run for run in runs if recipe.dtype == torch.float32 and run.gamma < SMALLEST_FLOAT32_GAMMA]
-    rest = [run for run in runs if run not in exact] if exact else runs
-    if rest:
-        yield recipe.dtype, rest
-    if exact:
-        yield torch.float64, exact
+def _by_dtype(recipe: Recipe, runs: list[Run], begun: list[Run]) -> list[tuple[torch.dtype, list[Run]]]:
+    """The runs by the precision they need; those with ``begun`` ones first: others would write over its checkpoint."""
+    groups: dict[torch.dtype, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(recipe.at(run.gamma).dtype, []).append(run)
+    return sorted(groups.items(), key=lambda group: set(begun).isdisjoint(group[1]))
 
 
-def _stacks(runs: list[Run], size: int, checkpoint: Path | None, limit: int | None) -> list[list[Run]]:
+def _stacks(runs: list[Run], size: int, begun: list[Run]) -> list[list[Run]]:
     """Runs in stacks of about equal size, ``size`` at most, those of a seed side by side: they share their batches.
 
-    The runs of a checkpoint come first, as the stack that they were: it goes on, whatever runs were added since, unless
-    a user's ``limit`` of the size is lower.
+    ``begun``, those of the runs that a checkpoint holds, come first and as one stack: it goes on, whatever runs were
+    added since, and whichever of its own were finished and handed over before a kill.
     """
-    begun = [] if checkpoint is None else saved_runs(checkpoint)
-    if begun and set(begun) <= set(runs) and len(begun) <= (limit or len(begun)):
-        rest = [run for run in runs if run not in set(begun)]
-        return [begun, *(_stacks(rest, size, None, None) if rest else [])]
-    runs = sorted(runs, key=lambda run: run.seed)
-    count = math.ceil(len(runs) / size)
-    bounds = [round(i * len(runs) / count) for i in range(count + 1)]
-    return [runs[a:b] for a, b in pairwise(bounds)]
+    held = set(begun)
+    rest = sorted((run for run in runs if run not in held), key=lambda run: run.seed)
+    count = math.ceil(len(rest) / size)
+    bounds = [round(i * len(rest) / count) for i in range(count + 1)] if count else []
+    return [*([begun] if begun else []), *(rest[a:b] for a, b in pairwise(bounds))]
 
 
 def _stack_size(seeds: Seeds, runs: list[Run]) -> int:
@@ -255,6 +252,41 @@ def _state_bytes(recipe: Recipe, net: nn.Module) -> int:
     return (2 + states) * sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad)
 
 
+class _Saving:
+    """The checkpoint of a call, if it has one: when it is written, and whether what lies there is of this call.
+
+    Only that is removed: a call that is done before its first checkpoint is due may have another's beside it.
+    """
+
+    def __init__(self, path: str | Path | None, seconds: float) -> None:
+        self._path, self._seconds = None if path is None else Path(path), seconds
+        self._ours, self._last = False, 0.0
+
+    def runs(self) -> list[Run]:
+        return [] if self._path is None else saved_runs(self._path)
+
+    def begun(self, seeds: Seeds, ends: list[int]) -> list[Run]:
+        return [] if self._path is None else begun_runs(self._path, seeds, ends)
+
+    def restore(self, ends: list[int], stack: Stack, traces: Traces, scores: Scores) -> None:
+        self._last = time.monotonic()
+        if self._path is not None and restore(self._path, ends, stack, traces, scores):
+            self._ours = True
+
+    def due(self) -> bool:
+        return time.monotonic() - self._last > self._seconds
+
+    def write(self, runs: list[Run], ends: list[int], stack: Stack, traces: Traces, scores: Scores) -> None:
+        if self._path is not None:
+            save(self._path, runs, ends, stack, traces, scores)
+            self._ours, self._last = True, time.monotonic()
+
+    def remove(self) -> None:
+        if self._path is not None and self._ours:
+            self._path.unlink(missing_ok=True)
+            self._ours = False
+
+
 class _Progress:
     def __init__(self, total: int, tell: Callable[[Progress], object] | None) -> None:
         self._now, self._kept, self._tell = Progress(0, total), Progress(0, total), tell
@@ -275,29 +307,26 @@ class _Progress:
 def _train_stack(
     stack: Stack,
     ends: list[int],
-    saving: tuple[Path | None, float],
+    saving: _Saving,
     finish: Done,
     progress: _Progress,
 ) -> None:
     """Train one stack to the longest budget and hand over the records of its runs."""
     recipe, runs, steps = stack.recipe, stack.runs, ends[-1]
-    checkpoint, seconds = saving
     traces = Traces(runs, steps)
     scores: Scores = {}
-    progress.keep()
-    if checkpoint is not None:
-        restore(checkpoint, ends, stack, traces, scores)
+    saving.restore(ends, stack, traces, scores)
+    if stack.step:
         progress.add(stack.step * len(runs), restored=True)
     if stack.step == 0:
         check_forward(stack)
-    saved, take_step = time.monotonic(), Stepper(stack)
+    take_step = Stepper(stack)
     while stack.step < steps and stack.runs:
         until = min(steps, stack.step + LOOK_EVERY, *(end for end in ends if end > stack.step))
         began = stack.step
         while stack.step < until:
             traces.add(*take_step())
-        traces.look(stack.runs)
-        alive = [i for i, run in enumerate(stack.runs) if first_bad(traces.losses[run]) is None]
+        alive = traces.look(stack.runs)
         if len(alive) < len(stack.runs):
             stack.keep(alive)
         if stack.step in ends and stack.runs:
@@ -305,20 +334,14 @@ def _train_stack(
         try:
             progress.add((stack.step - began) * len(runs))
         except StopTraining:
-            if checkpoint is not None:
-                save(checkpoint, runs, ends, stack, traces, scores)
+            saving.write(runs, ends, stack, traces, scores)
             raise
-        if checkpoint is not None and time.monotonic() - saved > seconds:
-            save(checkpoint, runs, ends, stack, traces, scores)
-            saved = time.monotonic()
+        if saving.due():
+            saving.write(runs, ends, stack, traces, scores)
     progress.add((steps - stack.step) * len(runs))  # all diverged
     for run in runs:
         law = stack.seeds[run.seed].plan.law(FAMILIES[recipe.optimizer])
-        losses, shares = traces.losses[run], traces.shares[run]
-        records = []
-        for end in ends:
-            score = scores[run, end] if first_bad(losses[:end]) is None else (0.0, math.nan)
-            records.append(summarise(run, end, law, losses, shares, score))
-        finish(run, records)
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
+        losses, shares = traces.losses[traces.runs[run]], traces.shares[traces.runs[run]]
+        # A run that had diverged by the end of a budget has no score there: it had left the stack.
+        finish(run, [summarise(run, end, law, losses, shares, scores.get((run, end), (0.0, math.nan))) for end in ends])
+    saving.remove()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gammaopt._errors import at_least, one_of
-from gammaopt._laws import SMALLEST_FLOAT32_GAMMA, EtaLaw
+from gammaopt._laws import FLOAT64_BELOW_GAMMA, EtaLaw
 from gammaopt.online._device import check_device
 from gammaopt.online.record import RunRecord
 from gammaopt.online.tasks import Task, get_task
@@ -106,7 +106,7 @@ class StudyPlan(Plan):
             depth=task.depth,
             device=self.device,
             # Both arms alike: centring in float32 would cost the smallest γ its digits.
-            dtype=torch.float64 if self.gamma_range[0] < SMALLEST_FLOAT32_GAMMA else torch.float32,
+            dtype=torch.float64 if self.gamma_range[0] < FLOAT64_BELOW_GAMMA else torch.float32,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -73,6 +73,15 @@ def test_eta_as_unit_is_the_rate_itself(tmp_path: Path) -> None:
     assert [record.effective_lr for record in made.records] == pytest.approx([0.3, 0.3])
 
 
+def test_a_grid_may_be_given_in_numpys_numbers(tmp_path: Path) -> None:
+    grid = Grid(np.array([0.5, 2.0]), (np.float32(1.0),), tuple(np.arange(2)))  # type: ignore[arg-type]
+    assert grid == Grid((0.5, 2.0), (1.0,), (0, 1))
+    made = portrait(RECIPE, grid, tmp_path)
+    assert portrait(RECIPE, grid, tmp_path) == made == portrait(RECIPE, Grid((0.5, 2.0), (1.0,), (0, 1)), tmp_path)
+    with pytest.raises(UsageError, match=r"seeds=0\.5 is not a whole number"):
+        Grid((1.0,), (1.0,), (0.5,))  # type: ignore[arg-type]
+
+
 def test_only_new_cells_are_trained(tmp_path: Path, trained: list[Run]) -> None:
     first = portrait(RECIPE, GRID, tmp_path)
     assert len(trained) == 12
@@ -277,6 +286,15 @@ def test_other_budgets_train_no_longer_than_what_is_missing(
     assert again.others == len(grown.records) - len(again.records)
 
 
+def test_one_at_a_time_trains_no_budget_that_is_held(tmp_path: Path) -> None:
+    portrait(RECIPE, Grid((0.5,), (1.0,)), tmp_path, budgets=10)
+    told: list[Progress] = []
+    grid = Grid((0.5, 2.0), (1.0,))
+    made = portrait(RECIPE, grid, tmp_path, budgets=(10, 30), one_at_a_time=True, on_progress=told.append)
+    assert told[-1] == Progress(30 + 40, 30 + 40)
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == len(made.records) == 4
+
+
 def test_what_a_killed_call_had_begun_comes_ahead_of_what_was_asked_for_since(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[Run]
 ) -> None:
@@ -381,6 +399,13 @@ def test_the_trained_edge_is_found_and_moves_with_the_budget_as_the_plateau_law_
     # η*·plateau: γ^(2/4)·γ^(1 − 2/4) = γ above the knee, γ² below.
     assert predicted_trained_edge(made.law, 100.0) == pytest.approx(100.0)
     assert predicted_trained_edge(made.law, 0.1) == pytest.approx(0.01)
+
+
+def test_a_grid_given_in_another_order_has_the_same_edges() -> None:
+    made = made_up()
+    turned = dataclasses.replace(made.grid, gammas=made.grid.gammas[::-1], rates=made.grid.rates[::-1])
+    assert dataclasses.replace(made, grid=turned).trained_edge(100) == made.trained_edge(100) != {}
+    assert turned == made.grid
 
 
 def test_exponents_are_those_of_the_law() -> None:

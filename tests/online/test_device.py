@@ -4,13 +4,15 @@ what was asked of it: that streams, captures and generators are asked for on the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from gammaopt._errors import UsageError
+from gammaopt.online import MLP, Digits, Recipe, Run, ensemble, train, train_many
 from gammaopt.online._device import check_device, cuda_device, on_device, seeded
 from gammaopt.online._graph import CudaGraphs
 
@@ -124,6 +126,44 @@ def test_the_processors_generator_is_given_back_and_an_accelerators_left_alone(m
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(7)))
     assert machine.seeds == {}
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda recipe: train(recipe, gamma=1.0, lr=0.1, seed=0),
+        lambda recipe: train_many(recipe, [Run(1.0, 0.1, 0), Run(2.0, 0.1, 1)]),
+        lambda recipe: train_many(recipe, [Run(1.0, 0.1, 0)], one_at_a_time=True),
+        lambda recipe: ensemble.together(recipe),
+        lambda recipe: ensemble.bytes_per_run(recipe),
+    ],
+    ids=["train", "train_many", "one_at_a_time", "together", "bytes_per_run"],
+)
+def test_whatever_works_for_a_recipe_has_its_device_current(
+    monkeypatch: pytest.MonkeyPatch, work: Callable[[Recipe], object]
+) -> None:
+    inside: list[str] = []
+    seen: list[list[str]] = []
+
+    @contextlib.contextmanager
+    def spy(name: str) -> Iterator[None]:
+        inside.append(name)
+        yield
+        inside.pop()
+
+    for module in (ensemble, sys.modules[train.__module__]):
+        monkeypatch.setattr(module, "on_device", spy)
+
+    class Watched(MLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(list(inside))
+            output: torch.Tensor = super().forward(x)
+            return output
+
+    work(Recipe(lambda: Watched(144, 10, width=4), Digits(), steps=3, batch_size=4, depth=3.0))
+    assert seen
+    assert all("cpu" in names for names in seen)
+    assert inside == []
 
 
 def test_devices_that_there_are_not() -> None:

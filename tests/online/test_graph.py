@@ -22,7 +22,7 @@ RUNS = [Run(gamma, 0.5, seed) for gamma in (0.1, 1.0, 10.0) for seed in (3, 4)]
 
 
 class Recorder:
-    """Stands for :func:`cuda_graph`: runs what was recorded again, in the same places, and counts."""
+    """Stands for :class:`CudaGraphs`: runs what was recorded again, in the same places, and counts."""
 
     def __init__(self) -> None:
         self.recordings = self.replays = 0

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
+import torch
 
 from gammaopt import UsageError
 from gammaopt.online import train
@@ -154,3 +155,8 @@ def test_the_runs_of_a_plan_are_centred_without_loss_at_every_gamma_it_searches(
     plan = replace(PLAN, steps=3, gamma_range=gamma_range)
     for gamma in gamma_range:
         assert train(plan.recipe(), gamma=gamma, lr=plan.base_lr, seed=0).steps == 3  # warnings are errors here
+
+
+def test_both_arms_train_in_float64_where_the_smallest_gamma_needs_it() -> None:
+    for lowest, dtype in ((0.009, torch.float64), (0.01, torch.float32)):
+        assert replace(PLAN, gamma_range=(lowest, 10.0)).recipe().dtype == dtype

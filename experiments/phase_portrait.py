@@ -8,7 +8,9 @@ for SGD and cross-entropy, γ^(1/L) above 1 for Adam. Lower edge, where a budget
 second one computes nothing.
 
 Every number has a 95 % interval: of the edges' exponents from resampling their points (a γ and a seed each), of the
-distance between best rates and the law from resampling the seeds, of the lower edge from Student's t of its fit.
+distance between best rates and the law from resampling the seeds, of the lower edge from Student's t of its fit. A rate
+is known to half of the grid's step, which is in all of them: resampled rates are moved by a uniform error of that
+size, and the lower edge's points scatter by no less about its line.
 Writes results/phase_portrait/PRESET.json and .png and prints predicted | measured | 95 % interval | holds.
 """
 
@@ -155,10 +157,25 @@ def spread_of_best_rate(case: Case, made: Portrait, lowest: float) -> Claim:
     logs = np.full((len(gammas), len(seeds)), math.nan)  # NaN: the best rate is not inside the grid
     for p in points:
         logs[gammas.index(p.gamma), seeds.index(p.seed)] = math.log10(p.lr / made.law.factor(p.gamma))
-    stray = half_range(logs, np.ones((1, len(seeds))))[0]
-    low, high = np.percentile(half_range(logs, resampled(len(seeds))), [2.5, 97.5])
+    stray, low, high = off_the_law(logs, max(p.reach for p in points) / math.log(10))
     what = f"best rate off the law, decades, γ ≥ {lowest:g} ({len(gammas)} γ)"
-    return Claim(case.name, what, 0.0, float(stray), float(low), float(high), 0.25)
+    return Claim(case.name, what, 0.0, stray, low, high, 0.25)
+
+
+def off_the_law(logs: NDArray[np.float64], reach: float) -> tuple[float, float, float]:
+    """Half the range over γ of the means over seeds, and its 95 % interval from resampled seeds and moved cells.
+
+    A range grows by errors of its ends, so those of resamples lie above it. The interval reaches as far down as up.
+
+    Args:
+        logs: (γ, seeds), in decades; NaN where there is none.
+        reach: half of the step between rates, in decades.
+    """
+    stray = half_range(logs, np.ones((1, logs.shape[1])))[0]
+    weights = resampled(logs.shape[1])
+    moves = np.random.default_rng(1).uniform(-reach, reach, size=(len(weights), len(logs)))
+    off = float(np.percentile(np.abs(half_range(logs, weights, moves) - stray), 95))
+    return float(stray), max(0.0, float(stray) - off), float(stray) + off
 
 
 def resampled(count: int, times: int = 2000) -> NDArray[np.float64]:
@@ -166,17 +183,20 @@ def resampled(count: int, times: int = 2000) -> NDArray[np.float64]:
     return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=times).astype(float)
 
 
-def half_range(logs: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+def half_range(
+    logs: NDArray[np.float64], weights: NDArray[np.float64], moves: NDArray[np.float64] | float = 0.0
+) -> NDArray[np.float64]:
     """Half the range over γ of the weighted means over seeds, for each row of weights; NaNs don't count.
 
     Args:
         logs: (γ, seeds), in decades.
         weights: (resamples, seeds). A γ that has no point in a resample doesn't count in it.
+        moves: (resamples, γ), added to the means, in decades.
     """
     known = np.isfinite(logs)
     total = weights @ known.T
     with np.errstate(invalid="ignore"):
-        means = (weights @ np.where(known, logs, 0.0).T) / np.where(total > 0, total, math.nan)
+        means = (weights @ np.where(known, logs, 0.0).T) / np.where(total > 0, total, math.nan) + moves
     halves: NDArray[np.float64] = (np.nanmax(means, axis=1) - np.nanmin(means, axis=1)) / 2
     return halves
 
@@ -196,20 +216,25 @@ def lower_edge(case: Case, made: Portrait) -> list[Claim]:
     """How the smallest rate that trains moves with γ (γ ≥ 1, at the longest budget) and with the budget."""
     edges = {budget: made.trained_edge(budget) for budget in case.budgets}
     longest = edges[max(case.budgets)]
-    in_gamma = common_slope([[(math.log(gamma), math.log(eta)) for gamma, eta in longest.items()]])
+    rates = sorted(made.grid.rates)
+    reach = math.log(rates[1] / rates[0]) / 2
+    in_gamma = common_slope([[(math.log(gamma), math.log(eta)) for gamma, eta in longest.items()]], reach)
     lines = [
         [(math.log(budget), math.log(edges[budget][gamma])) for budget in case.budgets if gamma in edges[budget]]
         for gamma in longest
     ]
-    in_budget = common_slope([line for line in lines if len(line) > 1])
+    in_budget = common_slope([line for line in lines if len(line) > 1], reach)
     return [
         Claim(case.name, f"lower edge in γ ({len(longest)} γ)", 1.0, *in_gamma, 0.2),
         Claim(case.name, f"lower edge in the budget ({len(case.budgets)} budgets)", -1.0, *in_budget, 0.2),
     ]
 
 
-def common_slope(lines: Sequence[Sequence[tuple[float, float]]]) -> tuple[float, float, float]:
+def common_slope(lines: Sequence[Sequence[tuple[float, float]]], reach: float = 0.0) -> tuple[float, float, float]:
     """Least-squares slope that lines of (x, y) with heights of their own have in common, and its 95 % t interval.
+
+    ``y`` is known within ± ``reach``, so the points' variance is taken to be that of a uniform error, reach²/3, where
+    they scatter less.
 
     Raises:
         ValueError: if there are too few points to tell the slope's error.
@@ -219,9 +244,9 @@ def common_slope(lines: Sequence[Sequence[tuple[float, float]]]) -> tuple[float,
     if free < 1:
         raise ValueError(f"{len(x)} points of the lower edge are too few for its slope; widen the grid")
     found = float(x @ y / (x @ x))
-    error = math.sqrt(float(((y - found * x) ** 2).sum()) / free / float(x @ x))
-    reach = float(t.ppf(0.975, free)) * error
-    return found, found - reach, found + reach
+    variance = max(float(((y - found * x) ** 2).sum()) / free, reach**2 / 3)
+    half = float(t.ppf(0.975, free)) * math.sqrt(variance / float(x @ x))
+    return found, found - half, found + half
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ that stand a factor apart a best rate or an edge is known to half of that factor
 from __future__ import annotations
 
 import math
+import reprlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -92,7 +93,7 @@ def critical_rates(records: Iterable[Record], of: Of) -> tuple[Point, ...]:
     """
     one_of("of", of, ("best", "edge"))
     cells: dict[tuple[float, int], list[Record]] = defaultdict(list)
-    for record in records:
+    for record in _checked(records):
         cells[record.gamma, record.seed].append(record)
     points = []
     for (gamma, seed), runs in sorted(cells.items()):
@@ -102,6 +103,20 @@ def critical_rates(records: Iterable[Record], of: Of) -> tuple[Point, ...]:
             log, reach = found
             points.append(Point(gamma, seed, math.exp(log), reach))
     return tuple(points)
+
+
+READ = ("gamma", "effective_lr", "seed", "final_loss", "curve")  # what :class:`Record` has
+
+
+def _checked(records: Iterable[Record]) -> Iterator[Record]:
+    fix = "give run records, as train and train_many return them"
+    if not isinstance(records, Iterable):
+        raise UsageError(f"records is one {type(records).__name__} and no list; {fix}")
+    for record in records:
+        missing = next((name for name in READ if not hasattr(record, name)), None)
+        if missing:
+            raise UsageError(f"records holds {reprlib.repr(record)}, which has no {missing}; {fix}")
+        yield record
 
 
 def _score(run: Record) -> float:

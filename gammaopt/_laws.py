@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
 from gammaopt._errors import UsageError, one_of, positive
@@ -48,7 +48,22 @@ class LawFit:
 
     law: EtaLaw
     base_lr: float
-    slopes: Slopes
+    slopes: Slopes = field(repr=False)
+
+    def __str__(self) -> str:
+        """A table: each number with its 95 % interval, and what the law takes where the runs could not tell."""
+        slopes = self.slopes
+        rows = (
+            ("rate at γ = 1", self.base_lr, slopes.lr_interval),
+            ("lazy exponent", self.law.lazy, slopes.lazy_interval),
+            ("rich exponent", self.law.rich, slopes.rich_interval),
+            ("bend γ_c     ", self.law.knee, slopes.bend_interval),
+        )
+        lines = [f"law of {len(slopes.points)} points at {len({p.gamma for p in slopes.points})} γ, 95 % intervals"]
+        for name, value, interval in rows:
+            told = f"{interval[0]:.3g} … {interval[1]:.3g}" if interval else "not fitted"
+            lines.append(f"  {name}  {value:<7.3g}  {told}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -142,8 +157,8 @@ class EtaLaw:
                 above it differ by more than their interval; else 1.
 
         Raises:
-            UsageError: if fewer than three γ have their best rate, or edge, inside the rates tried; or if they don't
-                reach into the rich regime, or the fitted exponents are not positive.
+            UsageError: for what are no records; if fewer than three γ have their best rate, or edge, inside the rates
+                tried; or if they don't reach into the rich regime, or the fitted exponents are not positive.
         """
         from gammaopt._fit import critical_rates, fit_slopes
 

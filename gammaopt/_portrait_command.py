@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import cast, get_args
+from typing import NamedTuple, cast, get_args
 
 from gammaopt._errors import UsageError, at_least, one_of
 from gammaopt._files import write_atomically
+from gammaopt._fit import FEWEST
 from gammaopt._laws import Loss
-from gammaopt.diagnostics import Grid, portrait
+from gammaopt.diagnostics import Grid, Portrait, portrait
 from gammaopt.diagnostics._portrait import Unit
 from gammaopt.online import Recipe, get_task
 from gammaopt.online._device import check_device
@@ -21,6 +22,23 @@ from gammaopt.online.train import FAMILIES, OPTIMIZERS, OptimizerName
 from gammaopt.report import ExponentRow, draw_portrait, exponents
 
 BELOW, ABOVE, RATES = 30.0, 10.0, 11  # the default rates: this far around the task's rate at γ = 1, half a decade apart
+
+
+class Drawn(NamedTuple):
+    """The exponents and, if there are none, why; the picture; how many other records the folder holds besides."""
+
+    rows: list[ExponentRow]
+    no_rows: str
+    picture: Path
+    others: int
+
+
+def no_exponents(made: Portrait) -> str:
+    """Why a portrait has no exponents, in a line that says what would give some."""
+    knee = made.law.knee
+    if max(sum(g <= knee for g in made.grid.gammas), sum(g >= knee for g in made.grid.gammas)) < FEWEST:
+        return f"No exponents: they need {FEWEST} γ ≤ {knee:g} or {FEWEST} γ ≥ {knee:g}; give more --gammas."
+    return f"No exponents: under {FEWEST} γ have a best rate or edge inside the grid; widen --rates."
 
 
 def draw(
@@ -38,11 +56,8 @@ def draw(
     out: Path | None,
     device: str,
     on_progress: Callable[[Progress], object],
-) -> tuple[list[ExponentRow], Path, int]:
-    """Train what is missing, and write the picture and the exponents into the folder.
-
-    Returns the exponents, the picture, and how many records of other grids or budgets the folder holds besides.
-    """
+) -> Drawn:
+    """Train what is missing, and write the picture and the exponents into the folder."""
     chosen = get_task(task)
     loss = one_of("loss", loss or chosen.losses[0], chosen.losses)
     one_of("loss", loss, get_args(Loss)), one_of("optimizer", optimizer, OPTIMIZERS)
@@ -79,4 +94,4 @@ def draw(
     )
     partial_picture = folder / ".portrait.partial.png"
     draw_portrait(made).savefig(partial_picture, dpi=110)
-    return rows, partial_picture.replace(folder / "portrait.png"), made.others
+    return Drawn(rows, no_exponents(made), partial_picture.replace(folder / "portrait.png"), made.others)

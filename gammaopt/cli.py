@@ -174,19 +174,19 @@ def portrait(
         from gammaopt._portrait_command import draw
 
         with _run_steps(quiet) as show:
-            rows, picture, others = draw(
+            drawn = draw(
                 task=task, loss=loss, optimizer=optimizer, budgets=steps or [300], gammas=gammas, rates=rates,
                 unit=unit, seeds=seeds, width=width, depth=depth, out=out, device=device, on_progress=show,
             )  # fmt: skip
-        typer.echo(_as_json(rows) if json else _as_table(rows))
+        typer.echo(_as_json(drawn.rows) if json else _as_table(drawn.rows, drawn.no_rows))
         console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
-        if others:
+        if drawn.others:
             console.print(
-                f"The folder holds {others:,} results of other γ, rates, seeds or budgets too. They stay in\n"
+                f"The folder holds {drawn.others:,} results of other γ, rates, seeds or budgets too. They stay in\n"
                 "runs.jsonl; picture, exponents and portrait.npz are of this grid alone.",
                 markup=False,
             )
-        console.print(f"Picture: {picture}", markup=False)
+        console.print(f"Picture: {drawn.picture}", markup=False)
 
 
 @data.command()
@@ -218,9 +218,9 @@ def _as_json(rows: list[ExponentRow]) -> str:
     return json.dumps([dataclasses.asdict(row) for row in rows], ensure_ascii=False)
 
 
-def _as_table(rows: list[ExponentRow]) -> str:
+def _as_table(rows: list[ExponentRow], no_rows: str = "") -> str:
     if not rows:
-        return "No exponents: fewer than three γ have their best rate, or edge, inside the grid; give wider --rates."
+        return no_rows
     lines = [f"{'steps':>7}  {'exponent of the':<15}  {'where':<5}  predicted  measured  95 % interval"]
     lines += [
         f"{row.budget:>7,}  {row.what:<15}  {row.side}  {row.predicted:>9.2f}  {row.measured:>8.2f}  "

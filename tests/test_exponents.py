@@ -178,6 +178,9 @@ def test_the_interval_of_a_common_slope_is_students() -> None:
         _, low, high = phase_portrait.common_slope(lines)
         inside += low <= -1.5 <= high
     assert 0.92 <= inside / 400 <= 0.98
+    exact = [(a, 2 * a) for a in x]  # residuals 0, so the whole error is that of the cells: 0.6/√3, over √Σ(x − x̄)²
+    half = 4.302652729911275 * 0.6 / math.sqrt(3 * 8.75)
+    assert phase_portrait.common_slope([exact], 0.6) == pytest.approx((2.0, 2.0 - half, 2.0 + half))
     with pytest.raises(ValueError, match="2 points of the lower edge are too few"):
         phase_portrait.common_slope([[(0.0, 0.0), (1.0, 1.0)]])
 
@@ -187,6 +190,13 @@ def test_the_distance_to_the_law_is_half_the_range_of_the_seeds_means() -> None:
     weights = np.array([[1.0, 1.0], [2.0, 0.0], [0.0, 2.0]])
     # Means over seeds (0.1, 0.4, 0.8), (0, 0.4, 1) and (0.2, –, 0.6).
     assert phase_portrait.half_range(logs, weights) == pytest.approx([0.35, 0.5, 0.2])
+    moves = np.array([[0.0, 0.0, 0.1], [0.2, 0.0, 0.0], [0.0, 9.0, 0.0]])
+    assert phase_portrait.half_range(logs, weights, moves) == pytest.approx([0.4, 0.4, 0.2])
+    # Best rates in one column of the grid: on the law as far as they tell, which is to half a step.
+    stray, low, high = phase_portrait.off_the_law(np.zeros((7, 4)), 0.05)
+    assert (stray, low) == (0.0, 0.0)
+    assert 0.04 < high <= 0.05
+    assert phase_portrait.off_the_law(np.zeros((7, 4)), 0.0) == (0.0, 0.0, 0.0)
     drawn = phase_portrait.resampled(2)
     assert set(map(tuple, drawn)) == {(2.0, 0.0), (1.0, 1.0), (0.0, 2.0)}
 

@@ -157,6 +157,28 @@ def test_a_bend_beyond_the_candidates_is_inside_its_interval() -> None:
     assert low < 1.0 < high
 
 
+def test_what_is_no_record_is_named() -> None:
+    for what, message in (
+        ([1, 2], r"records holds 1, which has no gamma; give run records"),
+        (3, "records is one int"),
+    ):
+        with pytest.raises(UsageError, match=message) as told:
+            EtaLaw.fit(what)  # type: ignore[arg-type]
+        assert "\n" not in str(told.value)
+
+
+def test_a_fit_prints_as_a_short_table() -> None:
+    fit = EtaLaw.fit(made(EtaLaw(3.0), 0.7, gammas=[1.0, 10.0, 100.0, 1000.0]))
+    head, rate, lazy, rich, bend = str(fit).splitlines()
+    assert head == "law of 8 points at 4 γ, 95 % intervals"
+    assert rate.split()[:6] == ["rate", "at", "γ", "=", "1", "0.7"]
+    assert rich.split()[2:4] == ["0.667", f"{fit.slopes.rich_interval[0]:.3g}"]  # type: ignore[index]
+    assert [line.split()[-2:] for line in (lazy, bend)] == [["not", "fitted"]] * 2
+    assert max(map(len, [head, rate, lazy, rich, bend])) < 60
+    assert len(repr(fit)) < 200
+    assert "Point(" not in repr(fit.slopes)
+
+
 def test_too_few_gammas_are_named() -> None:
     with pytest.raises(UsageError, match=r"2 γ have a rate inside their range, which is too few .* at least 3"):
         EtaLaw.fit(made(EtaLaw(3.0), 0.7, gammas=[1.0, 10.0]))

@@ -4,6 +4,7 @@ Data flows one way: a stream gives batches, :func:`train` consumes them, a :clas
 """
 
 from gammaopt.online.ensemble import Progress as Progress
+from gammaopt.online.ensemble import StopTraining as StopTraining
 from gammaopt.online.ensemble import train_many as train_many
 from gammaopt.online.models import CNN as CNN
 from gammaopt.online.models import MLP as MLP
@@ -42,6 +43,7 @@ __all__ = [
     "Run",
     "RunRecord",
     "Staircase",
+    "StopTraining",
     "Stream",
     "Task",
     "Teacher",

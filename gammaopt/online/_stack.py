@@ -18,6 +18,7 @@ from gammaopt._plan import Plan, Scale
 from gammaopt._wrap import unwrap
 from gammaopt.online._device import seeded
 from gammaopt.online._losses import check_output, hits, mean_loss
+from gammaopt.online._obstacles import obstacle
 from gammaopt.online.streams import Batches
 from gammaopt.online.train import (
     FAMILIES,
@@ -381,11 +382,11 @@ class Traces:
 
 def check_forward(stack: Stack) -> None:
     """Before the first step: name the module that a stack can't run, instead of a message from deep inside."""
-    inside: list[str] = []
+    inside: list[tuple[str, nn.Module]] = []
     handles = []
     for name, module in stack.net.named_modules():
         where = f"{name or 'the network'} ({type(module).__name__})"
-        handles.append(module.register_forward_pre_hook(lambda *_, where=where: inside.append(where)))
+        handles.append(module.register_forward_pre_hook(lambda owner, _, where=where: inside.append((where, owner))))
         handles.append(module.register_forward_hook(lambda *_: inside.pop() and None))
     stack.batch()
     try:
@@ -393,11 +394,8 @@ def check_forward(stack: Stack) -> None:
     except (RuntimeError, ValueError, TypeError) as error:
         if isinstance(error, (torch.OutOfMemoryError, UsageError)):
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CannotStackError(
-            f"{inside[-1] if inside else 'the network'} can't be run for several networks at once: {reason} "
-            "Change that module (no in-place writes to buffers, no branching on values), or give one_at_a_time=True"
-        ) from error
+        where, owner = inside[-1] if inside else ("the network", stack.net)
+        raise CannotStackError(f"{where} {obstacle(error, owner)}, or give one_at_a_time=True") from error
     finally:
         for handle in handles:
             handle.remove()

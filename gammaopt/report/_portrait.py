@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gammaopt._errors import UsageError
-from gammaopt._fit import FEWEST, Interval, Of, critical_rates, fit_slopes
+from gammaopt._fit import ALIVE, FEWEST, Interval, Of, critical_rates, fit_slopes
 from gammaopt.diagnostics._portrait import Portrait, predicted_trained_edge
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CHANCE_LOSS = 1.0  # relative to the loss of f = 0, the top of the scale
 DIVERGED, HATCH = "#b5433a", "////"
+DEAD, DEAD_HATCH, DARK = "#d9d4c5", "...", "#440154"  # light dots, for these cells are at the scales' dark end
 EDGES = (("γ²", 2.0, ":"), ("γ", 1.0, "--"))
 
 
@@ -68,7 +69,11 @@ def _rows(portrait: Portrait, budget: int, of: Of, what: str, knee: float) -> li
 
 
 def draw_portrait(portrait: Portrait) -> Figure:
-    """Final loss and accuracy in the (γ, η) plane, a column for each budget; diverged cells are hatched."""
+    """Final loss and accuracy in the (γ, η) plane, a column for each budget.
+
+    Diverged cells are hatched. Dotted ones lie above the stable edge too: the run blew up without a number overflowing,
+    its units died, and it ends at about the loss of f = 0.
+    """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -83,7 +88,7 @@ def draw_portrait(portrait: Portrait) -> Figure:
         finite = finite[np.isfinite(finite)]
         span = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
         for column, (budget, values) in enumerate(planes.items()):
-            mesh = _draw_plane(axes[row, column], portrait, values[row], colours, span)
+            mesh = _draw_plane(axes[row, column], portrait, values[row], _dead(portrait, budget), colours, span)
             _edges(axes[row, column], portrait, budget)
         figure.colorbar(mesh, ax=axes[row, -1], label=labels[row])
         axes[row, 0].set_ylabel("learning rate η")
@@ -96,6 +101,9 @@ def draw_portrait(portrait: Portrait) -> Figure:
         named.update(dict(zip(names, handles, strict=True)))
     if any(record.diverged_at is not None for record in portrait.records):
         named["diverged"] = Patch(facecolor="none", edgecolor=DIVERGED, hatch=HATCH)
+    if any(_dead(portrait, budget).any() for budget in planes):
+        dots = Patch(facecolor=DARK, edgecolor=DEAD, hatch=DEAD_HATCH, linewidth=0.0)
+        named["blew up: loss no better than f = 0"] = dots
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
@@ -108,6 +116,15 @@ def _planes(portrait: Portrait, budget: int, classes: bool) -> list[NDArray[np.f
     return [loss, accuracy] if classes else [loss]
 
 
+def _dead(portrait: Portrait, budget: int) -> NDArray[np.bool_]:
+    """(γ, rate) cells that ended without a number overflowing, at a rate above the largest stable one."""
+    losses = portrait.arrays(budget)["relative_loss"].mean(-1)
+    rates = np.asarray(portrait.grid.rates)
+    largest = np.where(losses < ALIVE, rates, -math.inf).max(1, keepdims=True)
+    dead: NDArray[np.bool_] = np.isfinite(losses) & np.isfinite(largest) & (rates > largest)
+    return dead
+
+
 def _corners(values: Sequence[float]) -> NDArray[np.float64]:
     """Cell borders half-way, in log, between neighbours."""
     logs: NDArray[np.float64] = np.log(values)
@@ -117,7 +134,12 @@ def _corners(values: Sequence[float]) -> NDArray[np.float64]:
 
 
 def _draw_plane(
-    axes: Axes, portrait: Portrait, values: NDArray[np.float64], colours: str, span: tuple[float, float]
+    axes: Axes,
+    portrait: Portrait,
+    values: NDArray[np.float64],
+    dead: NDArray[np.bool_],
+    colours: str,
+    span: tuple[float, float],
 ) -> QuadMesh:
     from matplotlib.collections import PolyCollection
 
@@ -126,18 +148,19 @@ def _draw_plane(
     scale = np.array([law.factor(gamma) for gamma in x]) if grid.unit == "law" else np.ones(len(x))
     eta = scale[:, None] * c[None, :]
     gammas = np.broadcast_to(x[:, None], eta.shape)
-    values = values[np.ix_(np.argsort(grid.gammas), np.argsort(grid.rates))]
+    order = np.ix_(np.argsort(grid.gammas), np.argsort(grid.rates))
+    values, dead = values[order], dead[order]
     mesh = axes.pcolormesh(
         gammas, eta, np.ma.masked_invalid(values), cmap=colours, vmin=span[0], vmax=span[1], rasterized=True
     )
     corner = np.stack([gammas, eta], axis=-1)
-    lost = [
-        [corner[i, j], corner[i, j + 1], corner[i + 1, j + 1], corner[i + 1, j]]
-        for i, j in np.argwhere(np.isnan(values))
-    ]
-    axes.add_collection(
-        PolyCollection(lost, facecolor="none", edgecolor=DIVERGED, hatch=HATCH, linewidth=0.0), autolim=False
-    )
+    for marked, colour, hatch in ((np.isnan(values), DIVERGED, HATCH), (dead, DEAD, DEAD_HATCH)):
+        cells = [
+            [corner[i, j], corner[i, j + 1], corner[i + 1, j + 1], corner[i + 1, j]] for i, j in np.argwhere(marked)
+        ]
+        axes.add_collection(
+            PolyCollection(cells, facecolor="none", edgecolor=colour, hatch=hatch, linewidth=0.0), autolim=False
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     return mesh
@@ -156,7 +179,8 @@ def _edges(axes: Axes, portrait: Portrait, budget: int) -> None:
                 axes.plot(lazy, eta * (lazy / gamma) ** power, "k" + dash, lw=1.2, label=f"stable edge ∝ {name}")
         rich = np.geomspace(max(gamma, low), high, 50)
         if gamma < high:
-            axes.plot(rich, eta * (rich / gamma) ** law.rich, "k-", lw=1.2, label=f"stable edge ∝ γ^{law.rich:.2g}")
+            rising = f"γ^({'2' if law.optimizer == 'sgd' else '1'}/{law.depth:.3g})"
+            axes.plot(rich, eta * (rich / gamma) ** law.rich, "k-", lw=1.2, label=f"stable edge ∝ {rising}")
     lower = _anchor(portrait.trained_edge(budget))
     if lower is not None:
         gamma, eta = lower

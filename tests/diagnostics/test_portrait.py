@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gammaopt import EtaLaw
 from gammaopt._errors import UsageError
+from gammaopt._portrait_command import no_exponents
 from gammaopt.cli import _as_table
 from gammaopt.diagnostics import Grid, Portrait, portrait
 from gammaopt.diagnostics import _portrait as module
@@ -27,6 +28,7 @@ from gammaopt.diagnostics._portrait import predicted_trained_edge
 from gammaopt.online import MLP, Curve, Digits, Parity, Progress, Recipe, Run, RunRecord, ensemble, train, train_many
 from gammaopt.online._stack import Stack
 from gammaopt.report import draw_portrait, exponents
+from gammaopt.report._portrait import DEAD_HATCH, HATCH
 
 RECIPE = Recipe(partial(MLP, 144, 10, width=16), Digits(), "mse", steps=30, batch_size=8, depth=3.0)
 GRID = Grid((0.5, 2.0), (1.0, 4.0, 1e5), (0, 1))
@@ -442,12 +444,12 @@ def test_the_picture_has_a_column_for_each_budget_and_hatches_what_diverged() ->
     planes = [axes for axes in figure.axes if axes.get_xscale() == "log"]
     assert len(planes) == 4
     for axes in planes:
-        hatched = [c for c in axes.collections if c.get_hatch()]
+        hatched = [c for c in axes.collections if c.get_hatch() == HATCH]
         assert len(hatched) == 1
         assert len(hatched[0].get_paths()) == int(np.isnan(made.arrays(100)["loss"]).sum())
         labels = {line.get_label() for line in axes.lines}
-        assert {"stable edge ∝ γ²", "stable edge ∝ γ", "stable edge ∝ γ^0.5", "not trained yet below"} <= labels
-    (edge,) = [line for line in planes[0].lines if line.get_label() == "stable edge ∝ γ^0.5"]
+        assert {"stable edge ∝ γ²", "stable edge ∝ γ", "stable edge ∝ γ^(2/4)", "not trained yet below"} <= labels
+    (edge,) = [line for line in planes[0].lines if line.get_label() == "stable edge ∝ γ^(2/4)"]
     x, y = np.asarray(edge.get_xdata(), float), np.asarray(edge.get_ydata(), float)
     assert np.polyfit(np.log(x), np.log(y), 1)[0] == pytest.approx(0.5)
     assert y[0] == pytest.approx(10.0, rel=0.2)
@@ -466,6 +468,39 @@ def test_the_legend_names_nothing_that_is_not_drawn() -> None:
     names = in_legend(draw_portrait(whole))
     assert "not trained yet below" in names
     assert "diverged" not in names
+
+
+def test_cells_that_died_above_the_edge_are_dotted_and_in_the_legend() -> None:
+    """They ended with a number, at about the loss of f = 0; what is not trained yet, below, is as dark."""
+    made = made_up()
+    assert "blew up: loss no better than f = 0" not in in_legend(draw_portrait(made))
+    records = tuple(
+        dataclasses.replace(r, final_loss=1.0, diverged_at=None) if r.final_loss is None and r.gamma > 9 else r
+        for r in made.records
+    )
+    died = sum(r.final_loss == 1.0 and r.steps == 100 for r in records)
+    figure = draw_portrait(dataclasses.replace(made, records=records))
+    assert "blew up: loss no better than f = 0" in in_legend(figure)
+    (dotted,) = [c for c in figure.axes[0].collections if c.get_hatch() == DEAD_HATCH]
+    assert len(dotted.get_paths()) == died > 0
+
+
+def test_no_exponents_says_what_would_give_some() -> None:
+    """Three γ around the bend have two on each side, which no other rates can mend."""
+    made = made_up()
+
+    def of(gammas: tuple[float, ...], rates: tuple[float, ...]) -> Portrait:
+        grid = dataclasses.replace(made.grid, gammas=gammas, rates=rates)
+        chosen = tuple(r for r in made.records if r.gamma in gammas and r.lr in rates)
+        return dataclasses.replace(made, grid=grid, records=chosen)
+
+    around = of(made.grid.gammas[3:6], made.grid.rates)
+    narrow = of(made.grid.gammas, made.grid.rates[:2])
+    for few, fix in ((around, "give more --gammas"), (narrow, "widen --rates")):
+        assert exponents(few) == []
+        message = _as_table([], no_exponents(few))
+        assert fix in message
+        assert len(message) <= 80
 
 
 def test_a_grid_of_one_cell_still_has_a_picture(tmp_path: Path) -> None:

@@ -125,17 +125,23 @@ class TuneResult:
 
     @property
     def at_edge(self) -> tuple[str, ...]:
-        """What lies at the end of its searched range, in words. No result then: the optimum may lie beyond."""
+        """What lies at the end of its searched range, in words. No result then: the optimum may lie beyond.
+
+        An arm that diverged everywhere has its optimum outside for certain. Without this its failure would confirm the
+        other arm.
+        """
         found = []
         for name in ("tuned", "one_equal_budget"):
             arm = self.arms[name]
             if arm.diverged < arm.trials:
                 found += edges(self.plan, name, arm.gamma, arm.lr)
+            else:
+                found.append(all_diverged(self.plan, name))
         return tuple(found)
 
     @property
     def verdict(self) -> Verdict:
-        """``"confirmed"``, ``"not confirmed"``, ``"worse"``, or ``"range too small"`` for an optimum at an edge."""
+        """``"confirmed"``, ``"not confirmed"``, ``"worse"``, or ``"range too small"``: see :attr:`at_edge`."""
         return judge(self.confirm, self.rivals, edge=bool(self.at_edge))
 
     def in_words(self) -> str:
@@ -224,3 +230,9 @@ def edges(plan: Plan, arm: str, gamma: float, lr: float) -> list[str]:
         f"the best {what[name][0]} of arm {arm} lies at the end of its range; widen {plan.option(what[name][1])}"
         for name in plan.space(arm).at_edge(point)
     ]
+
+
+def all_diverged(plan: Plan, arm: str) -> str:
+    """That an arm's trials all diverged, with the options that may give it one that doesn't."""
+    widen = plan.option("octaves") if arm != "tuned" else f"{plan.option('gamma_range')} or {plan.option('octaves')}"
+    return f"all trials of arm {arm} diverged; widen {widen}"

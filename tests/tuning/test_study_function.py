@@ -302,6 +302,19 @@ def test_an_optimum_at_the_edge_is_reported_as_range_too_small(tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("no_report")
+def test_an_arm_that_diverged_everywhere_confirms_nothing_for_the_other(tmp_path: Path) -> None:
+    def rich_diverges(trial: ObjectiveTrial) -> float:
+        return math.inf if trial.gamma > 0.5 else hill(trial)
+
+    options = {**SMALL, "trials": 8, "confirm_seeds": 3}
+    result = study(rich_diverges, tmp_path, **options, diverged_score=-9, quiet=True)
+    assert (result.arms["one_equal_budget"].diverged, result.confirm.verdict) == (8, "confirmed")
+    assert result.arms["tuned"].diverged < 8
+    assert result.verdict == "range too small"
+    assert "all trials of arm one_equal_budget diverged; widen `octaves`" in result.in_words()
+
+
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize(
     ("options", "low", "high"),
     [

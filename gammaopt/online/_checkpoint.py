@@ -12,7 +12,8 @@ import torch
 
 from gammaopt._errors import UsageError
 from gammaopt._files import write_atomically
-from gammaopt.online._stack import Seeds, Stack, Traces
+from gammaopt.online._stack import Seeds, Stack
+from gammaopt.online._traces import Traces
 from gammaopt.online.train import Recipe, Run
 
 

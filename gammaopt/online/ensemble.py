@@ -24,7 +24,8 @@ from gammaopt._errors import UsageError, at_least, positive, whole
 from gammaopt.online._checkpoint import Scores, begun_runs, restore, save, saved_runs
 from gammaopt.online._device import on_device, seeded
 from gammaopt.online._graph import Stepper
-from gammaopt.online._stack import CannotStackError, Seeds, Stack, Traces, check_forward
+from gammaopt.online._stack import CannotStackError, Seeds, Stack, check_forward
+from gammaopt.online._traces import Traces
 from gammaopt.online.record import RunRecord
 from gammaopt.online.train import FAMILIES, LOOK_EVERY, Recipe, Run, built, summarise, train
 

@@ -35,6 +35,7 @@ from gammaopt.online import (
     train_many,
 )
 from gammaopt.online import _stack as stack_module
+from gammaopt.online._traces import Traces
 from gammaopt.online.train import OptimizerName
 
 build = partial(MLP, 144, 10, width=16)
@@ -356,7 +357,7 @@ def test_a_checkpoint_of_other_runs_is_left_by_a_call_that_writes_none(tmp_path:
 
 def test_restored_traces_are_on_the_host_wherever_the_stack_is(tmp_path: Path) -> None:
     path, ends = tmp_path / "stack.pt", [60]
-    stack, traces = stack_module.Stack(stack_module.Seeds(RECIPE), RUNS[:2]), stack_module.Traces(RUNS[:2], 60)
+    stack, traces = stack_module.Stack(stack_module.Seeds(RECIPE), RUNS[:2]), Traces(RUNS[:2], 60)
     traces.add(*stack.train_step())
     traces.look(stack.runs)
     _checkpoint.save(path, RUNS[:2], ends, stack, traces, {})

@@ -124,7 +124,8 @@ def test_a_checkpoint_that_does_not_fit_is_told_and_the_one_before_stays(small_d
 def stopped_over(path: Path) -> None:
     """As :func:`stopped`, over a file that is no checkpoint of this run."""
     from gammaopt.online._checkpoint import save
-    from gammaopt.online._stack import Seeds, Stack, Traces
+    from gammaopt.online._stack import Seeds, Stack
+    from gammaopt.online._traces import Traces
 
     stack = Stack(Seeds(PLAN.recipe()), [RUN])
     save(path, [RUN], [PLAN.recipe().steps], stack, Traces([RUN], PLAN.recipe().steps), {})

@@ -162,11 +162,18 @@ def _in_range(values: list[float]) -> bool:
 
 
 def uncentred(model: nn.Module, saved: Mapping[str, Any]) -> list[str]:
-    """What to warn of after a checkpoint was loaded with ``strict=False``: it left θ₀ as it was, or came without γ."""
-    if model._gammaopt_reference is None or not any(name in saved for name, _ in model.named_parameters()):
+    """What to warn of where a checkpoint is loaded with ``strict=False`` that has no γ, or no θ₀ to centre on.
+
+    The latter where the model stands at its start: one that has moved, and is given other parameters, keeps its θ₀.
+    """
+    reference: nn.Module | None = model._gammaopt_reference  # type: ignore[assignment]
+    if reference is None or not any(name in saved for name, _ in model.named_parameters()):
         return []
     if any(name.startswith(THETA0) for name in saved):
         return [] if PLAN in saved else _centring(model, saved)
+    pairs = zip(model.parameters(), reference.parameters(), strict=False)
+    if not all(not p.is_meta and p.shape == start.shape and torch.equal(p, start) for p, start in pairs):
+        return []
     return [
         "the checkpoint has no θ₀, so f stays centred on this model's own start and is not 0 at what was loaded; "
         "to start from the checkpoint load it into the net before gammaopt.wrap"

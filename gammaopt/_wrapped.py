@@ -171,12 +171,13 @@ class Wrapped(nn.Module):
         of_plan, others = _saved.misfit(self, state_dict) if isinstance(state_dict, Mapping) else ([], [])
         if of_plan:  # before anything is copied into the model
             raise CheckpointError("\n".join([*of_plan, *others]))
+        left_behind = _saved.uncentred(self, state_dict) if isinstance(state_dict, Mapping) else []
         try:
             keys = super().load_state_dict(state_dict, *args, **kwargs)
         except RuntimeError as error:
             words = _saved.shortened(str(error)) if others else str(error)
             raise CheckpointError("\n".join([*others, words])) from None
-        for line in _saved.uncentred(self, state_dict):  # with strict=False; else it was refused above
+        for line in left_behind:  # with strict=False: else it was refused above
             warnings.warn(line, stacklevel=2)
         return keys
 

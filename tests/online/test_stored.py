@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -32,6 +34,7 @@ from gammaopt.online.streams import (
 from gammaopt.online.streams._convert import Cache, Converted
 from gammaopt.online.streams._mapped import DamagedFileError, members
 from gammaopt.online.streams._order import Order, permute
+from gammaopt.online.streams._stored import _read_ahead
 
 Save = Callable[..., None]
 PART = 60  # images of a part
@@ -537,6 +540,35 @@ def test_a_pickled_stream_carries_no_images_and_finds_them_again(tmp_path: Path)
         sent = pickle.dumps(stream)
         assert len(sent) < 20_000
         assert same(pickle.loads(sent).batches(1, 0, 3, 5), stream.batches(1, 0, 3, 5))
+
+
+@pytest.mark.parametrize("sent", [lambda s: s.to("cpu"), lambda s: pickle.loads(pickle.dumps(s)), copy.deepcopy])
+@pytest.mark.parametrize("part", [slice(60, None), slice(60, 120, 2), slice(None, None, -1)])
+def test_a_slice_of_a_mapped_file_stays_that_slice_wherever_it_goes(
+    tmp_path: Path, part: slice, sent: Callable[[Stored], Stored]
+) -> None:
+    np.save(tmp_path / "a.npy", np.concatenate(pictures(2)))
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    labels = np.arange(2 * PART) % 10
+    stream = Stored("mine", [mapped[part]], [labels[part]], 10, held=(mapped[30:60], labels[30:60]))
+    twin = sent(stream)
+    for split in ("train", "held_out"):
+        assert same(twin.batches(0, 0, 5, 6, split), stream.batches(0, 0, 5, 6, split))
+    shown = numbers(stream, stream.batches(0, 0, 5, 6)[0])
+    assert set(shown) <= set(np.arange(2 * PART)[part].tolist())
+    batches = Batches(stream, 0, 5, 6)
+    assert [n for step in range(5) for n in numbers(stream, batches[step][0][None])] == shown
+
+
+def test_the_bytes_asked_for_ahead_are_those_of_the_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "a.npy", np.concatenate(pictures(2)))
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, begin, count, __: asked.append((begin, begin + count)))
+    _read_ahead(mapped[60:], np.arange(3))
+    _read_ahead(mapped[60::2], np.arange(3))  # not in one piece: nothing is asked for
+    begin = mapped.offset + 60 * 3072
+    assert asked == [(begin, begin + 3 * 3072)]
 
 
 def test_two_processes_never_see_the_same_sample_in_one_pass(folder: Path) -> None:

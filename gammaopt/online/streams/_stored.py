@@ -9,6 +9,7 @@ twice. Files are mapped; the operating system is told ahead which bytes a chunk 
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -220,10 +221,23 @@ class _Place(NamedTuple):
     shape: tuple[int, ...]
 
 
+def _offset(images: Array) -> int | None:
+    """Place of a mapped array's first byte in its file; ``None`` for one that is not mapped, or not in one piece.
+
+    By its address: a slice of a map has the map's own ``offset``, wherever it begins.
+    """
+    mapped = getattr(images, "_mmap", None)
+    if not isinstance(images, np.memmap) or mapped is None or images.filename is None or not images.flags.c_contiguous:
+        return None
+    inside = images.ctypes.data - np.frombuffer(mapped, np.uint8).ctypes.data
+    if not 0 <= inside <= len(mapped) - images.nbytes:
+        return None
+    return int(images.offset - images.offset % mmap.ALLOCATIONGRANULARITY + inside)
+
+
 def _place(images: Array) -> Array | _Place:
-    if isinstance(images, np.memmap) and images.flags.c_contiguous and images.filename is not None:
-        return _Place(str(images.filename), images.dtype, images.offset, images.shape)
-    return images
+    offset = _offset(images)
+    return images if offset is None else _Place(str(images.filename), images.dtype, offset, images.shape)  # type: ignore[attr-defined]
 
 
 def _found_again(images: Array | _Place) -> Array:
@@ -248,18 +262,18 @@ def _gather(images: Sequence[Array], part: Indices, index: Indices) -> Array:
 
 def _read_ahead(images: Array, index: Indices) -> None:
     """Ask for the bytes of these images, in order, before they are touched: one by one each would wait for the disk."""
-    path = getattr(images, "filename", None)
-    if path is None or not isinstance(images, np.memmap) or not hasattr(os, "posix_fadvise") or not len(index):
+    offset = _offset(images)
+    if offset is None or not hasattr(os, "posix_fadvise") or not len(index):
         return
     one = int(np.prod(images.shape[1:]))
     gap = max(1, READ_AHEAD // one)
     cuts = np.flatnonzero(np.diff(index) > gap) + 1
-    file = os.open(path, os.O_RDONLY)
+    file = os.open(images.filename, os.O_RDONLY)  # type: ignore[attr-defined]
     try:
         for run in np.split(index, cuts):
             begin, end = int(run[0]) * one, (int(run[-1]) + 1) * one
             for place in range(begin, end, READ_AHEAD):  # a request is cut short where it is longer than the device's
-                os.posix_fadvise(file, images.offset + place, min(READ_AHEAD, end - place), os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(file, offset + place, min(READ_AHEAD, end - place), os.POSIX_FADV_WILLNEED)
     finally:
         os.close(file)
 

@@ -162,6 +162,14 @@ def test_export_gives_every_run_and_every_trial(study: Study, here: Callable[...
         (["status", "--storage", "sqlite:///x.db", "--study", "mine"], "serves one process only"),
         (["export", "nowhere", "--what", "everything"], "unknown what 'everything'; choose one of: runs, trials"),
         (["worker", "--storage", "sqlite:///x.db", "--study", "mine"], "give a PostgreSQL one, postgresql+psycopg://"),
+        (
+            ["confirm", "--storage", "x", "--study", "mine", "--jobs", "2"],
+            "jobs=2 would train here, and the workers of",
+        ),
+        (
+            ["confirm", "--storage", "x", "--study", "mine", "--objective", "f.py:f"],
+            "objective=f.py:f would train here",
+        ),
         (["worker", "--study", "mine"], "Missing option '--storage'"),
         (["tune", "digits", "--study", "mine"], "study='mine' needs a storage that its workers share; give --storage"),
         (["tune", "digits", "--study", "mine", "--jobs", "2"], "jobs=2 would train here"),

@@ -61,9 +61,15 @@ def table(results: list[TuneResult]) -> str:
             f"| {_name(result, '-')} | {tuned.gamma:.2g} "
             f"| {100 * one.confirmed_score:.1f} % | {100 * tuned.confirmed_score:.1f} % "
             f"| {100 * confirm.mean_difference:+.2f} ({100 * low:+.2f} … {100 * high:+.2f}) | {p_value:.1g} "
-            f"| {100 * at_end.mean_difference:+.2f} | {result.verdict} |"
+            f"| {100 * at_end.mean_difference:+.2f} | {verdict(result, p_value)} |"
         )
     return "\n".join(rows)
+
+
+def verdict(result: TuneResult, adjusted: float) -> str:
+    """A study's verdict among the others: a difference that Holm's p no longer shows is "not confirmed"."""
+    shown = result.verdict not in ("confirmed", "worse") or adjusted <= 0.05
+    return result.verdict if shown else "not confirmed"
 
 
 def _name(result: TuneResult, space: str) -> str:

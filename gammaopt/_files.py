@@ -27,6 +27,20 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
+def write_for_user(path: Path, content: str | bytes) -> None:
+    """:func:`write_atomically`, where it is the user who can make it possible.
+
+    Raises:
+        UsageError: if it can't be written, e.g. on a full disk. What was there stays.
+    """
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise UsageError(
+            f"{path} can't be written ({error.strerror}); make room, and run the same command to go on"
+        ) from None
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -120,6 +120,11 @@ def confirm(
 ) -> None:
     """Compare a study's choices with γ = 1 on fresh seeds, on more of them if you like. Trains what is missing."""
     with usage_errors():
+        if folder is None and (jobs > 1 or objective is not None):
+            from gammaopt._errors import UsageError
+
+            given = f"jobs={jobs}" if jobs > 1 else f"objective={objective}"
+            raise UsageError(f"{given} would train here, and the workers of a storage train its study; drop it")
         state = _read(folder, storage, study)
         from gammaopt.tuning._state import confirm_in_folder, confirm_with_workers
 

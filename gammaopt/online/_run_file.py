@@ -64,7 +64,10 @@ class RunFile(Generic[R]):
                 file.truncate(path.stat().st_size - rest)
 
     def add(self, *records: R) -> None:
-        """Keep finished runs: on disk, all of them, before this returns.
+        """Keep finished runs: with the system, all of them, before this returns.
+
+        A killed process loses none. A power cut may take the last ones, which are trained again: no line waits for the
+        disk.
 
         Raises:
             UsageError: if they can't be written, e.g. on a full disk. The file is then as it was.

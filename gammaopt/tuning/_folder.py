@@ -3,6 +3,7 @@
 study.json    the frozen plan, the versions and the git commit it began under, written first; the folder belongs to it
 runs.jsonl    one line for each finished run; a run found here is never trained again
 stack-….pt    the runs in training, one file for each process, while there are some
+stack-….jsonl the finished ones of them, until they stand in runs.jsonl
 study.db      Optuna's SQLite storage, unless another storage was given
 result.json   the result, and report.html
 lock          held while a process works here
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gammaopt._errors import UsageError
-from gammaopt._files import locked, write_atomically
+from gammaopt._files import locked, write_for_user
 from gammaopt.online._run_file import RunFile
 from gammaopt.tuning._budget import Plan
 from gammaopt.tuning._frozen import git_commit
@@ -50,7 +51,7 @@ def opened(path: Path, plan: Plan) -> Iterator[Folder]:
         if not (path / "study.json").exists():
             commit = git_commit(plan.source)
             content = {"plan": plan.to_dict(), "versions": versions(), "id": secrets.token_hex(4), "git_commit": commit}
-            write_atomically(path / "study.json", json.dumps(content, indent=2) + "\n")
+            write_for_user(path / "study.json", json.dumps(content, indent=2) + "\n")
         folder = Folder(path, plan)
         try:
             yield folder
@@ -108,7 +109,7 @@ class Folder:
         self.runs = {Cell(record.gamma, record.lr, record.seed): record for record in self._file.records}
 
     def add(self, record: Record) -> None:
-        """Keep a finished run: on disk before this returns."""
+        """Keep a finished run before this returns, as :meth:`RunFile.add` does."""
         self._file.add(record)
         self.runs[Cell(record.gamma, record.lr, record.seed)] = record
 
@@ -118,7 +119,7 @@ class Folder:
 
     def write(self, name: str, text: str) -> Path:
         """Write a text file into the folder, whole or not at all."""
-        write_atomically(self.path / name, text)
+        write_for_user(self.path / name, text)
         return self.path / name
 
     @property

@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from gammaopt._errors import UsageError
 from gammaopt.online.record import RunRecord
-from gammaopt.tuning._folder import Cell
+from gammaopt.tuning._folder import Cell, versions
 from gammaopt.tuning._plan import StudyPlan
 from gammaopt.tuning._search import experiments_allowed
 from gammaopt.tuning._space import GAMMA, RATE
@@ -44,9 +44,9 @@ def heartbeat_of(grace: int) -> int:
 
 
 def cell_hash(plan: StudyPlan, cell: Cell) -> str:
-    """Sixteen hex digits that name a run: what is trained, how, and for how long; not the study around it."""
+    """Sixteen hex digits that name a run: what is trained, how, by what code, for how long; not the study around it."""
     recipe = [plan.task, plan.loss, plan.optimizer, plan.steps, plan.law_version, str(plan.recipe().dtype), plan.device]
-    what = json.dumps([*recipe, cell.gamma.hex(), cell.lr.hex(), cell.seed])
+    what = json.dumps([sorted(versions().items()), *recipe, cell.gamma.hex(), cell.lr.hex(), cell.seed])
     return hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
 
 
@@ -74,6 +74,7 @@ class Queue:
         self.study = study
         self.storage: BaseStorage = study._storage
         self.attrs: dict[str, Any] = study.user_attrs
+        self._lost_before: frozenset[int] = frozenset()
 
     @property
     def name(self) -> str:
@@ -107,6 +108,10 @@ class Queue:
         for cell in cells:
             if (name := cell_hash(plan, cell)) not in live:
                 self.study.add_trial(_waiting(plan, cell, name))
+
+    def forgive(self) -> None:
+        """Count the workers that cells lose from here on: what they died of before may be mended."""
+        self._lost_before = frozenset(trial.number for trial in self._trials(TrialState.FAIL))
 
     def claim(self, worker: str) -> Claim | None:
         """Take the first waiting cell, or ``None`` if there is none."""
@@ -166,11 +171,16 @@ class Queue:
         """Fail the trials whose worker gave no sign of life for the grace period, and queue their cells again.
 
         Raises:
-            UsageError: if a cell lost one worker after the other.
+            UsageError: if an unfinished cell lost one worker after the other since :meth:`forgive`.
         """
         with experiments_allowed():
             optuna.storages.fail_stale_trials(self.study)
-        failed = self._trials(TrialState.FAIL)
+        done = {trial.user_attrs["cell"] for trial in self._trials(TrialState.COMPLETE)}
+        failed = [
+            trial
+            for trial in self._trials(TrialState.FAIL)
+            if trial.number not in self._lost_before and trial.user_attrs["cell"] not in done
+        ]
         for name, lost in Counter(trial.user_attrs["cell"] for trial in failed).items():
             if lost >= LOST_LIMIT:
                 cell = next(trial.user_attrs for trial in failed if trial.user_attrs["cell"] == name)
@@ -243,7 +253,9 @@ def make_queue(
         if key not in found:
             study.set_user_attr(key, value)
     study.set_user_attr("grace", grace)
-    return Queue(study)
+    queue = Queue(study)
+    queue.forgive()
+    return queue
 
 
 def find_queue(storage: BaseStorage, name: str) -> Queue:

@@ -32,6 +32,8 @@ ROUNDS = 8  # batches that the sampler proposes, unless they would be smaller th
 
 _ANOTHER = "give another --storage, or none for SQLite in the study's folder"
 _REBUILD = "restore it, or remove it and run the same command: the trials are made again from the finished runs"
+_ROOM = "make room on the disk, and run the same command to go on: the finished runs are kept"
+_FULL = ("disk is full", "disk I/O error", "No space left")  # SQLite's words, those at a quota, and PostgreSQL's
 
 Evaluate = Callable[[list[Cell]], dict[Cell, Record]]
 
@@ -88,7 +90,8 @@ def open_storage(url: str, *, own: bool) -> Any:
         ) from None
     except Exception as error:  # SQLAlchemy, its driver and Optuna each have their own
         reason, shown = str(error).strip().splitlines()[0], without_secrets(url)
-        raise UsageError(f"the storage {shown} can't be opened ({reason}); {_REBUILD if own else _ANOTHER}") from None
+        fix = _mend(reason) if own or _mend(reason) == _ROOM else _ANOTHER
+        raise UsageError(f"the storage {shown} can't be opened ({reason}); {fix}") from None
 
 
 def _without_fsync(engine: Any) -> None:
@@ -233,6 +236,11 @@ def _completed(study: optuna.Study, plan: Plan, arm: Search) -> list[Trial]:
     return made
 
 
+def _mend(reason: str) -> str:
+    """What helps a database: room, or another copy of it."""
+    return _ROOM if any(words in reason for words in _FULL) else _REBUILD
+
+
 @contextlib.contextmanager
 def _as_usage_error() -> Iterator[None]:
     """A damaged database is the user's to restore, not a crash."""
@@ -243,4 +251,4 @@ def _as_usage_error() -> Iterator[None]:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise UsageError(f"the study's storage can't be used ({reason}); {_REBUILD}") from None
+        raise UsageError(f"the study's storage can't be used ({reason}); {_mend(reason)}") from None

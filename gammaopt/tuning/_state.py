@@ -67,8 +67,14 @@ class StudyState:
         """The chosen cell of each arm on each fresh seed; ``seeds`` of them, or as many as the plan says.
 
         Raises:
-            UsageError: if the searches are not at their end.
+            UsageError: if the searches are not at their end, or for fewer seeds than the plan says: of several looks at
+                the seeds, the one that stops soonest could be chosen.
         """
+        if seeds is not None and seeds < self.plan.confirm_seeds:
+            raise UsageError(
+                f"seeds={seeds} is fewer than the {self.plan.confirm_seeds} that the study planned; "
+                f"give {self.plan.confirm_seeds} or more"
+            )
         if not self.searched:
             done = ", ".join(f"{name} {len(trials)}/{self.plan.trials}" for name, trials in self.trials.items())
             raise UsageError(f"{self.where} is still searching ({done} trials); let {self.maker} finish it first")
@@ -78,7 +84,7 @@ class StudyState:
         return self.plan if seeds is None else self.plan.with_fresh_seeds(seeds)
 
     def result(self, seeds: int | None = None) -> TuneResult:
-        """The result on that many fresh seeds.
+        """The result on that many fresh seeds. With more than planned it notes that it is another look at the study.
 
         Raises:
             UsageError: if runs are missing; the message says how many.
@@ -90,9 +96,16 @@ class StudyState:
                 f"{missing} of {len(cells)} runs on fresh seeds are missing in {self.where}; "
                 f"run `gammaopt confirm`, or let {self.maker} finish it"
             )
-        return result_from(
+        result = result_from(
             self._with(seeds), self.trials, self.runs, self.versions, self.git_commit, self.plan.command()
         )
+        if seeds is None or seeds == self.plan.confirm_seeds:
+            return result
+        another = (
+            f"another look: {self.plan.confirm_seeds} fresh seeds were planned, and {seeds} include them; "
+            "who looks until a verdict pleases is wrong more often than 5 % of the time"
+        )
+        return replace(result, notes=(*result.notes, another))
 
 
 def read_folder(path: Path) -> StudyState:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gammaopt._errors import UsageError, require
-from gammaopt._files import write_atomically
+from gammaopt._files import write_for_user
 from gammaopt._laws import EtaLaw
 from gammaopt.tuning._folder import Cell, Folder
 from gammaopt.tuning._objective import (
@@ -179,7 +179,7 @@ def confirm(objective: Callable[[ObjectiveTrial], object], out: str | Path, *, s
     if not isinstance(state.plan, ObjectivePlan):
         raise UsageError(f"{out} holds a study of {state.plan.title}; run `gammaopt confirm {out} --seeds {seeds}`")
     result = confirm_in_folder(out, state, seeds, trainer_of(state.plan, objective))
-    write_atomically(out / f"confirm-{seeds}.html", html_report(result))
+    write_for_user(out / f"confirm-{seeds}.html", html_report(result))
     return result
 
 

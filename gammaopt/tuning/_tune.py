@@ -179,6 +179,9 @@ def run_study(
         for arm in arms(plan):
             counter.stage = arm.arm
             trials[arm.arm] = search(plan, name, arm, backend, evaluate, counter.told, commit=folder.git_commit)
+        # Trials that the database kept may have lost their runs, to a power cut or a hand: those are trained again.
+        searched = [trial for of_arm in trials.values() for trial in of_arm]
+        evaluate([Cell(trial.gamma, trial.lr, seed) for trial in searched for seed in plan.tuning_seeds])
         cells = confirmation_cells(plan, choose(plan, trials))
         counter.stage, counter.confirm_runs = "confirm", len(cells)
         counter.event()

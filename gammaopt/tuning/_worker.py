@@ -114,6 +114,7 @@ class _Heart:
         self._queue, self._storage = queue, storage
         self._claim: Claim | None = None
         self._taken: Claim | None = None
+        self._error: Exception | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
@@ -122,14 +123,23 @@ class _Heart:
         self._claim = claim
 
     def lost(self, claim: Claim) -> bool:
+        """Whether the trial was taken.
+
+        Raises:
+            Exception: what ended the signs of life. A worker without them would train a cell that another is given.
+        """
+        if self._error is not None:
+            raise self._error
         return self._taken is claim
 
     def _beat(self) -> None:
-        with suppress(sqlalchemy.exc.SQLAlchemyError, StorageInternalError, StoppedWaitingError):  # the loop meets them
+        try:
             while not self._ended.wait(self._queue.heartbeat):
                 claim = self._claim
                 if claim is not None and not self._queue.holds(claim):
                     self._taken = claim
+        except Exception as error:  # for the thread that trains, whatever it is
+            self._error = error
         self._storage.remove_session()
 
     def stop(self) -> None:
@@ -211,13 +221,20 @@ class _Worker:
         def look(_: Progress) -> None:
             nonlocal last
             silence, last = time.monotonic() - last, time.monotonic()
-            if self.heart.lost(claim) or (silence > self._queue.heartbeat and not self._queue.holds(claim)):
+            try:
+                taken = self.heart.lost(claim) or (silence > self._queue.heartbeat and not self._queue.holds(claim))
+            except StoppedWaitingError:
+                raise StopTraining from None  # which writes a checkpoint
+            if taken:
                 raise TakenError
             if self._stopping.told:
                 raise StopTraining
 
         def hand_in(_: Run, records: list[RunRecord]) -> None:
-            self._queue.finish(claim, records[0])  # ahead of the end of the checkpoint
+            try:
+                self._queue.finish(claim, records[0])  # ahead of the end of the checkpoint
+            except StoppedWaitingError:
+                raise StopTraining from None  # the last checkpoint stays, and the cell goes on from it
 
         run = Run(claim.cell.gamma, claim.cell.lr, claim.cell.seed)
         threads = torch.get_num_threads()

@@ -5,7 +5,8 @@ processes use the cores better than several threads. A run's arithmetic is its o
 processor the numbers don't depend on how many processes there are, or on where a study was stopped.
 
 A share in training has a checkpoint in the study's folder, ``stack-….pt``. Where it is found, its runs are a share
-again, whatever else is to do: a killed study goes on in the midst of its stacks.
+again, whatever else is to do: a killed study goes on in the midst of its stacks. Its finished runs stand in
+``stack-….jsonl`` until all of them were handed over: training has removed the checkpoint by then.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 
 from gammaopt._errors import UsageError
 from gammaopt.online._checkpoint import DamagedCheckpointError, saved_runs
+from gammaopt.online._run_file import RunFile, read_runs
 from gammaopt.online._stack import Seeds
 from gammaopt.online.ensemble import KEPT_SEEDS, together, train_many
 from gammaopt.online.record import RunRecord
@@ -48,8 +50,12 @@ class Trainer:
         self._shared = Seeds(recipe)
 
     def __call__(self, cells: list[Cell], checkpoint: Path | None = None) -> list[RunRecord]:
-        """Their records. ``stack`` is how many may be trained together, or 0 if the network can't be stacked."""
+        """Their records, also written beside the checkpoint as they come.
+
+        ``stack`` is how many may be trained together, or 0 if the network can't be stacked.
+        """
         threads = torch.get_num_threads()
+        file = None if checkpoint is None else RunFile(finished_beside(checkpoint), RunRecord.from_dict)
         torch.set_num_threads(1)
         try:
             return train_many(
@@ -60,8 +66,11 @@ class Trainer:
                 shared=self._shared,
                 checkpoint=checkpoint,
                 checkpoint_seconds=CHECKPOINT_SECONDS,
+                on_done=None if file is None else lambda _, records: file.add(*records),
             )
         finally:
+            if file is not None:
+                file.close()
             self._shared.forget(but=KEPT_SEEDS)
             torch.set_num_threads(threads)
 
@@ -88,6 +97,10 @@ class Workers:
             return
         if self._stack is None:
             self._stack = together(self._plan.recipe())
+        if self._checkpoints is not None:
+            for record in _finished(self._checkpoints, cells):
+                cells.remove(Cell(record.gamma, record.lr, record.seed))
+                yield record
         begun = {} if self._checkpoints is None else _begun(self._checkpoints, cells)
         taken = {cell for share in begun.values() for cell in share}
         fresh = _shares([cell for cell in cells if cell not in taken], self._jobs, min(SHARE, self._stack or 1))
@@ -96,6 +109,7 @@ class Workers:
             self._trainer = self._trainer or Trainer(self._plan.recipe(), self._stack)
             for share, path in shares:
                 yield from self._trainer(share, path)
+                _handed_over(path)
             return
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
@@ -103,9 +117,12 @@ class Workers:
             self._pool = ProcessPoolExecutor(self._jobs, context, initializer=_start_worker, initargs=given)
         try:
             with _sigint_held_back():
-                futures: list[Future[list[RunRecord]]] = [self._pool.submit(_run_in_worker, *share) for share in shares]
+                futures: dict[Future[list[RunRecord]], Path | None] = {
+                    self._pool.submit(_run_in_worker, share, path): path for share, path in shares
+                }
             for future in as_completed(futures):
                 yield from future.result()
+                _handed_over(futures[future])
         except BrokenProcessPool:
             raise UsageError(
                 "a worker process died (out of memory, or killed); run the same command again to go on, "
@@ -138,15 +155,38 @@ def _begun(folder: Path, cells: list[Cell]) -> dict[Path, list[Cell]]:
         except DamagedCheckpointError:
             path.replace(path.with_suffix(".damaged"))
             continue
-        if left.issuperset(share):
+        # A kill between two of its runs' records leaves a checkpoint of which some are done.
+        if share := [cell for cell in share if cell in left]:
             begun[path] = share
             left.difference_update(share)
     return begun
 
 
+def finished_beside(checkpoint: Path) -> Path:
+    """Where the finished runs of a share are kept until all of them were handed over."""
+    return checkpoint.with_suffix(".jsonl")
+
+
+def _finished(folder: Path, cells: list[Cell]) -> Iterator[RunRecord]:
+    """The records of these cells that a killed process had finished and not handed over."""
+    left = set(cells)
+    for path in sorted(folder.glob("stack-*.jsonl")):
+        records, _ = read_runs(path, RunRecord.from_dict)
+        for record in records:
+            if (cell := Cell(record.gamma, record.lr, record.seed)) in left:
+                left.remove(cell)
+                yield record
+        path.unlink()
+
+
+def _handed_over(checkpoint: Path | None) -> None:
+    if checkpoint is not None:
+        finished_beside(checkpoint).unlink(missing_ok=True)
+
+
 def forget_begun(folder: Path) -> None:
-    """Remove the checkpoints of a study that is finished."""
-    for path in folder.glob("stack-*.pt"):
+    """Remove what a finished study no longer needs: checkpoints, and runs that stand in its own file."""
+    for path in [*folder.glob("stack-*.pt"), *folder.glob("stack-*.jsonl")]:
         path.unlink(missing_ok=True)
 
 

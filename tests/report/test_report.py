@@ -232,3 +232,15 @@ def test_the_gamma_curve_joins_the_two_scores_of_every_fresh_seed() -> None:
     for (gammas, scores), (b, t) in zip(ends, pairs, strict=True):
         assert gammas == [1.0, 0.3]
         assert scores == pytest.approx([100 * b, 100 * t])
+
+
+def test_the_tests_beside_the_paired_one_and_the_rivals_are_on_the_page(html: str) -> None:
+    text, confirm = Page(html).text, result().confirm
+    assert f"(p = {confirm.p_value:.2g}): Wilcoxon's signed ranks p = {confirm.wilcoxon_p:.2g}" in text
+    assert f"permutation of signs p = {confirm.permutation_p:.2g}." in text
+    assert len({f"{p:.2g}" for p in (confirm.p_value, confirm.wilcoxon_p)}) == 2
+    (rival,) = result().rivals
+    words = " ".join(text.partition("lr of γ = 1")[2].split())
+    low, high = (PLAN.shown_difference(end) for end in rival.confirm.ci95)
+    row = f"2 {PLAN.shown_difference(rival.confirm.mean_difference)} {low} to {high} {rival.confirm.p_value:.2g}"
+    assert row.replace(" ", "") in words.replace(" ", "")

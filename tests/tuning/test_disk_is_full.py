@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -98,6 +99,24 @@ def test_a_study_on_a_full_disk_can_be_read_and_goes_on_to_the_same_result(small
         result = tune(PLAN, small_disk / "study", storage=storage)
         whole = tune(PLAN, tmp_path / "whole")
     assert (result.trials, result.runs) == (whole.trials, whole.runs)
+
+
+def test_a_database_that_fills_up_asks_for_room_and_not_for_its_removal() -> None:
+    from sqlalchemy import create_engine, text
+
+    from gammaopt.tuning._search import _as_usage_error
+
+    with create_engine("sqlite://").connect() as connection:
+        connection.execute(text("PRAGMA max_page_count = 4"))
+        connection.execute(text("CREATE TABLE t (x TEXT)"))
+        with pytest.raises(UsageError, match=r"can't be used \(.*disk is full\); make room"), _as_usage_error():
+            connection.execute(text("INSERT INTO t VALUES (:x)"), {"x": "x" * 100_000})
+
+
+def test_a_database_with_no_room_to_begin_asks_for_room(small_disk: Path) -> None:
+    with pytest.raises(UsageError, match=r"can't be opened \(.*\); make room on the disk"):
+        tune(PLAN, small_disk / "study")
+    gc.collect()  # the connection that Optuna didn't get far with, or the disk is in use
 
 
 def stopped(checkpoint: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from gammaopt import UsageError
 from gammaopt.cli import main
 from gammaopt.tuning import StudyPlan, TuneResult, tune
 from gammaopt.tuning._state import read_folder
@@ -129,8 +130,15 @@ def test_confirm_on_more_seeds_trains_those_only_and_keeps_them(
     chosen = {(arm.gamma, arm.lr) for arm in study.result.arms.values()}
     assert len(read_folder(copied).runs) == runs + 2 * (len(chosen) + len(RIVAL_OCTAVES))
     assert (copied / "confirm-5.html").exists()
+    assert any("another look: 3 fresh seeds were planned, and 5 include them" in note for note in found["notes"])
+    assert not any("another look" in note for note in study.result.notes)
     # The study itself is what it was.
     assert replace(tune(PLAN, copied), command=study.result.command) == study.result
+
+
+def test_confirm_on_fewer_seeds_than_planned_is_refused(study: Study) -> None:
+    with pytest.raises(UsageError, match="seeds=2 is fewer than the 3 that the study planned; give 3 or more"):
+        read_folder(study.out).result(2)
 
 
 def test_export_gives_every_run_and_every_trial(study: Study, here: Callable[..., Done], tmp_path: Path) -> None:
@@ -154,6 +162,14 @@ def test_export_gives_every_run_and_every_trial(study: Study, here: Callable[...
         (["status", "--storage", "sqlite:///x.db", "--study", "mine"], "serves one process only"),
         (["export", "nowhere", "--what", "everything"], "unknown what 'everything'; choose one of: runs, trials"),
         (["worker", "--storage", "sqlite:///x.db", "--study", "mine"], "give a PostgreSQL one, postgresql+psycopg://"),
+        (
+            ["confirm", "--storage", "x", "--study", "mine", "--jobs", "2"],
+            "jobs=2 would train here, and the workers of",
+        ),
+        (
+            ["confirm", "--storage", "x", "--study", "mine", "--objective", "f.py:f"],
+            "objective=f.py:f would train here",
+        ),
         (["worker", "--study", "mine"], "Missing option '--storage'"),
         (["tune", "digits", "--study", "mine"], "study='mine' needs a storage that its workers share; give --storage"),
         (["tune", "digits", "--study", "mine", "--jobs", "2"], "jobs=2 would train here"),

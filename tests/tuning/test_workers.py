@@ -137,6 +137,18 @@ def test_a_share_is_that_of_its_checkpoint_and_the_others_are_made_of_what_is_le
     assert [path.name for path in tmp_path.iterdir()] == ["stack-0.damaged"]
 
 
+def test_a_study_killed_while_a_finished_share_is_handed_over_trains_none_of_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share = Workers(PLAN, 1, checkpoints=tmp_path).run(CELLS)
+    first = next(share)
+    del share  # killed: it never comes to the other records
+    monkeypatch.setattr(module, "train_many", pytest.fail)
+    rest = [cell for cell in CELLS if cell != as_cell(first)]
+    assert {as_cell(record) for record in Workers(PLAN, 1, checkpoints=tmp_path).run(rest)} == set(rest)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_all_given_points_are_one_batch_and_the_others_come_in_about_eight() -> None:
     def ends(trials: int, start: int) -> list[int]:
         made = [0]

@@ -462,6 +462,44 @@ def test_a_pass_and_the_held_out_part_together_are_all_images(images: int, held:
     assert order.at(np.arange(order.train), 0).tolist() != order.at(np.arange(order.train), 1).tolist()
 
 
+@pytest.mark.parametrize("size", [0, 5])
+def test_a_place_outside_of_a_permutation_is_an_error_and_no_endless_walk(size: int) -> None:
+    with pytest.raises(IndexError, match=rf"places 0 … 5 are not all in 0 … {size - 1}"):
+        permute(np.array([0, 5]), size, 0)
+
+
+def empty_held(folder: Path) -> dict[str, Callable[[], object]]:
+    def flat() -> None:
+        write_images(folder / "train", ["ant", "bee"], 3)
+        (folder / "train" / "ant" / "ant_0.png").rename(_made(folder / "val") / "ant_0.png")
+        imagefolder(folder, on_progress=quiet)
+
+    def no_lines() -> None:
+        write_images(folder / "train", ["ant", "bee"], 3, "images", ".JPEG")
+        (_made(folder / "val") / "val_annotations.txt").write_text("\n")
+        (folder / "wnids.txt").write_text("ant\nbee\n")
+        imagefolder(folder, on_progress=quiet)
+
+    images, labels = pictures(1)[0], labels_of(0)
+    return {
+        r"val has no images in class folders; put them into val/CLASS, or remove it": flat,
+        r"val_annotations\.txt names no image": no_lines,
+        r"mine: 0 held-out images of shape \(32, 32, 3\) with 0 labels; give at least one": lambda: Stored(
+            "mine", [images], [labels], 10, held=(images[:0], labels[:0])
+        ),
+        r"mine: 3 held-out images of shape \(16, 32, 3\) with 3 labels": lambda: Stored(
+            "mine", [images], [labels], 10, held=(images[:3, :16], labels[:3])
+        ),
+        r"list: held has no items; give some": lambda: FromDataset([(torch.zeros(1), 0)] * 3, 2, held=[]),
+    }
+
+
+@pytest.mark.parametrize("message", empty_held(Path()))
+def test_a_held_out_part_that_is_empty_or_of_another_shape_is_told(tmp_path: Path, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        empty_held(tmp_path)[message]()
+
+
 def test_blocks_stay_together_on_disk_and_yet_batches_are_mixed() -> None:
     order = Order(64 * 64 * 16, 64, 16)
     window = order.at(np.arange(64 * 16), 0)

@@ -177,6 +177,8 @@ def tinyimagenet_files(path: Path) -> tuple[Files, Files | None]:
         if label not in held or not file.exists():
             raise UsageError(f"{notes} names {name} of class {label!r}, which is not there; unpack the archive again")
         held[label].append(file)
+    if not any(held.values()):
+        raise UsageError(f"{notes} names no image; unpack the archive again, or remove val/ to hold out some of train/")
     return train, held
 
 
@@ -191,9 +193,16 @@ def imagefolder_files(path: Path) -> tuple[Files, Files | None]:
     train = _by_class(base)
     if len(train) < 2:
         raise UsageError(f"{base} has images of {len(train)} classes; give a folder with one folder for each class")
-    held = None if beside is None else _by_class(beside)
-    if held is not None and not set(held) <= set(train):
+    if beside is None:
+        return train, None
+    held = _by_class(beside)
+    if not set(held) <= set(train):
         raise UsageError(f"{beside} has {_told(sorted(set(held) - set(train)))}, no class of the training images")
+    if not held:
+        raise UsageError(
+            f"{beside} has no images in class folders; put them into {beside.name}/CLASS, or remove it to hold out "
+            "some of the training images"
+        )
     return train, held
 
 

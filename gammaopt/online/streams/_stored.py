@@ -64,6 +64,11 @@ class Stored(Generated, Finite):
         sizes = {part.shape[1:] for part in images}
         if len(sizes) != 1 or any(len(x) != len(y) for x, y in zip(images, labels, strict=True)):
             raise UsageError(f"{name}: images of shapes {sorted(sizes)} and their labels do not fit together")
+        if held is not None and (not len(held[0]) or len(held[0]) != len(held[1]) or held[0].shape[1:] not in sizes):
+            raise UsageError(
+                f"{name}: {len(held[0]):,} held-out images of shape {held[0].shape[1:]} with {len(held[1]):,} labels; "
+                f"give at least one, of shape {next(iter(sizes))}, and a label for each"
+            )
         self.name, self.classes, self.resident = name, classes, at_least("resident", resident, 0)
         height, width, *channels = sizes.pop()
         self.shape: tuple[int, ...] = (*(channels or [1]), height, width)

@@ -249,13 +249,18 @@ def _only(file: Path) -> Member:
 
 def classes_of(labels: Array, count: int, told: str, classes: int = 10) -> Array:
     """Labels as int64 (n,), from whole numbers or one-hot rows: ``count`` of them, 0 … ``classes`` − 1."""
+    if labels.dtype.kind not in "biuf":
+        raise UsageError(f"{told} has labels of type {labels.dtype}; give whole numbers")
     if labels.ndim == 2 and labels.shape[1] > 1:
         labels = labels.argmax(1)
     if labels.size != count:
         raise UsageError(f"{told} has {labels.size:,} labels for {count:,} images; get both files again")
     if count and not 0 <= labels.min() <= labels.max() < classes:
         raise UsageError(f"{told} has labels from {labels.min()} to {labels.max()}, outside 0 … {classes - 1}")
-    return np.asarray(labels, np.int64).reshape(-1)
+    whole = np.asarray(labels, np.int64).reshape(-1)
+    if labels.dtype.kind == "f" and not np.array_equal(whole, labels.reshape(-1)):
+        raise UsageError(f"{told} has labels that are no whole numbers")
+    return whole
 
 
 def _folders(path: Path) -> list[Path]:
@@ -315,7 +320,7 @@ def decode(file: Path, side: int) -> bytes:
             box = (left, top, left + min(image.size), top + min(image.size))
             square = image.convert("RGB").resize((side, side), library.Resampling.BILINEAR, box)
             return bytes(square.tobytes())
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, library.DecompressionBombError) as error:
         raise DamagedFileError(
             f"{file} ({file.stat().st_size:,} bytes) can't be decoded: {error}; get it again or remove it"
         ) from None

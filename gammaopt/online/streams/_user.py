@@ -181,7 +181,7 @@ def from_torchvision(name: Literal["cifar10", "mnist"], root: str | Path, *, res
     made, classes = known[name]
     try:
         train, test = (made(str(root), train=part, download=False) for part in (True, False))
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, AssertionError, LookupError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(
             f"{root} does not hold {made.__name__} as torchvision keeps it ({reason}); "

@@ -435,6 +435,26 @@ def test_files_that_do_not_fit_together_are_named(tmp_path: Path, message: str) 
         bad_folders(tmp_path)[message]()
 
 
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (np.ones((20, 4, 4), np.float32), np.arange(20) % 3, "mine: images are float32; give uint8"),
+        (np.ones((20, 4, 4), np.uint8), np.arange(20) % 4, "mine has labels from 0 to 3, outside 0 … 2"),
+        (np.ones((20, 4, 4), np.uint8), np.arange(20) / 10, "mine has labels that are no whole numbers"),
+    ],
+)
+def test_arrays_of_another_kind_are_told(images: Any, labels: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Stored("mine", [images], [labels], 3)
+
+
+def test_labels_as_one_hot_rows_or_a_column_are_the_classes() -> None:
+    images, labels = pictures(1)[0], np.arange(PART) % 10
+    plain = Stored("mine", [images], [labels], 10)
+    for rows in (np.eye(10)[labels], labels[:, None]):
+        assert torch.equal(Stored("mine", [images], [rows], 10).labels, plain.labels)
+
+
 # One pass
 
 
@@ -637,6 +657,14 @@ def test_shares_together_are_the_whole_stream(folder: Path) -> None:
         Shard(stream, 3, 3)
     with pytest.raises(UsageError, match="more than one pass"):
         Shard(stream, 2, 3).batches(0, 0, 10, 4)
+    # 108 samples are 27 batches of 4: of two processes one would have 14 and wait for the other, which has 13.
+    for rank in range(2):
+        assert Shard(stream, rank, 2).batches(0, 12, 13, 4)[1].shape == (1, 4)
+        message = "cifar5m has 108 training samples, 13 batches of 4 for each of 2 processes; steps=14 is more"
+        with pytest.raises(UsageError, match=message):
+            Shard(stream, rank, 2).batches(0, 13, 14, 4)
+        with pytest.raises(UsageError, match=message):
+            Batches(Shard(stream, rank, 2), 0, 14, 4)
 
 
 # A user's own

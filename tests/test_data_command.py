@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 import warnings
@@ -103,6 +104,30 @@ def test_whatever_few_bytes_are_changed_the_check_ends_and_names_the_file(tmp_pa
         assert all(name in problem for problem in made.problems), made.problems
         found += bool(made.problems)
     assert found > (20 if form == "mnist" else 200)
+
+
+def test_the_sizes_of_a_split_that_the_folder_itself_has_are_told(tmp_path: Path) -> None:
+    raw = tmp_path / "mnist" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 30), ("t10k", 12)):
+        head = struct.pack(">IIII", 2051, count, 28, 28)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(head + bytes(count * 784))
+        labels = bytes(i % 10 for i in range(count))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + labels)
+    assert "30 sound images: one pass shows 30, 12 are held out" in str(checked(tmp_path / "mnist"))
+    tiny = tmp_path / "tiny"
+    (tiny / "val" / "images").mkdir(parents=True)
+    image = Image.fromarray(np.zeros((9, 9, 3), np.uint8))
+    for name in ("ant", "bee"):
+        (tiny / "train" / name / "images").mkdir(parents=True)
+        for i in range(4):
+            image.save(tiny / "train" / name / "images" / f"{i}.JPEG")
+        image.save(tiny / "val" / "images" / f"{name}.JPEG")
+    (tiny / "val" / "val_annotations.txt").write_text("ant.JPEG\tant\nbee.JPEG\tbee\n")
+    text = str(checked(tiny))
+    assert "TinyImageNet (stream 'imagefolder')" in text
+    assert "8 sound images: one pass shows 8, 2 are held out" in text
+    assert text.endswith("Nothing is wrong.")
 
 
 def test_an_image_too_large_to_decode_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

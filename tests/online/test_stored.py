@@ -150,6 +150,46 @@ def test_mnist_1m_in_each_form(tmp_path: Path, image_end: str, label_end: str) -
     is_whole(stream, 2 * PART)
 
 
+def write_floats(folder: Path, pixels: np.ndarray[Any, Any]) -> Path:
+    np.save(folder / "MNIST_images_0.npy", pixels)
+    np.save(folder / "MNIST_labels_0.npy", np.arange(len(pixels)) % 10)
+    return folder
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1 / 127.5, -1.0), (1 / 255, 0.0), (1.0, 0.0)])
+def test_floats_of_each_range_are_the_same_pixels(tmp_path: Path, scale: float, shift: float) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (300, 28, 28), dtype=np.uint8)
+    images[:256] = images[:256] % 2 * 128 + 127  # the first ones alone would look like 0 … 1 where −1 … 1 is meant
+    stream = mnist1m(write_floats(tmp_path, (images * scale + shift).astype(np.float32)), on_progress=quiet)
+    assert np.array_equal(stream._images[0], images)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "message"),
+    [(-0.42, 2.82, r"pixels from -0.42 to 2.82, neither"), (0.0, np.nan, "pixels that are no numbers")],
+)
+def test_floats_of_no_known_range_are_refused(tmp_path: Path, low: float, high: float, message: str) -> None:
+    pixels = np.full((300, 28, 28), low, np.float32)
+    pixels[-1] = high
+    with pytest.raises(UsageError, match=message):
+        mnist1m(write_floats(tmp_path, pixels), on_progress=quiet)
+    assert not list(tmp_path.rglob("*.uint8.npy*"))
+
+
+def test_a_compressed_array_in_fortran_order_is_the_same_images(tmp_path: Path) -> None:
+    images = pictures(1)[0]
+    np.savez_compressed(tmp_path / "part0.npz", X=np.asfortranarray(images), Y=labels_of(0))
+    assert np.array_equal(cifar5m(tmp_path, on_progress=quiet)._images[0], images)
+
+
+def test_mean_and_deviation_are_those_of_the_training_part() -> None:
+    images, labels = np.full((100, 4, 4), 10, np.uint8), np.arange(100) % 2
+    hidden = Order(100, 50).held(np.arange(50))
+    images[hidden] = 200
+    stream = Stored("mine", [images], [labels], 2, held_out=50)
+    assert float(stream._mean) == pytest.approx(10 / 255)
+
+
 def write_images(folder: Path, classes: list[str], each: int, inside: str = "", end: str = ".png") -> None:
     draw = np.random.default_rng(1)
     for label, name in enumerate(classes):

@@ -142,12 +142,26 @@ def _gray(cache: Cache, member: Member) -> Array:
     side, count = MNIST_SIDE, member.shape[0]
     if member.dtype == np.uint8:
         return cache.member(member).reshape(count, side, side)
+    if member.dtype.kind not in "uif":
+        raise UsageError(f"{member} is {member.dtype}; MNIST-1M has uint8, or floats from 0 to 1")
     values = cache.member(member)
 
     def pieces() -> Iterator[bytes]:
-        low, high = (float(f(values[:DECODED])) for f in (np.min, np.max))
-        # From −1 to 1, from 0 to 1, or from 0 to 255.
-        scale, shift = (127.5, 1.0) if low < -0.01 else (255.0, 0.0) if high <= 1.01 else (1.0, 0.0)
+        parts = [values[start : start + DECODED] for start in range(0, count, DECODED)]
+        low, high = min(float(part.min()) for part in parts), max(float(part.max()) for part in parts)
+        if not all(bool(np.isfinite(part).all()) for part in parts):
+            raise UsageError(f"{member} has pixels that are no numbers; get the file again")
+        if -1.01 <= low < -0.01 and high <= 1.01:
+            scale, shift = 127.5, 1.0
+        elif low >= -0.01 and high <= 1.01:
+            scale, shift = 255.0, 0.0
+        elif low >= -0.01 and high <= 255.5:
+            scale, shift = 1.0, 0.0
+        else:
+            raise UsageError(
+                f"{member} has pixels from {low:.3g} to {high:.3g}, neither −1 … 1, 0 … 1 nor 0 … 255; "
+                "undo its standardisation, or save it as uint8"
+            )
         for start in range(0, count, DECODED):
             piece = (np.asarray(values[start : start + DECODED], np.float32) + shift) * scale
             yield np.clip(np.rint(piece), 0, 255).astype(np.uint8).tobytes()

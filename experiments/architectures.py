@@ -8,7 +8,8 @@ exponent is the slope of its logarithm in log γ, with a 95 % interval over γ a
 gammaopt.effective_depth measures at initialisation. The CNN is homogeneous, so there theory speaks: 2/L_eff = 2/depth.
 A normalised network is not, and its row says how far the law goes with the L_eff that ``wrap`` measures. Edges are kept
 in PRESET.edges.jsonl until all are there, so a killed run goes on.
-Writes results/architectures/PRESET.json and .png and prints predicted | measured | interval | holds.
+The slopes between neighbouring γ are told too: a power law has the same everywhere.
+Writes results/architectures/PRESET.json and .png and prints predicted | measured | interval | slopes | holds.
 """
 
 from __future__ import annotations
@@ -85,13 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = write(options.results, options.preset, {"rows": rows})
     kept.unlink()
     picture(rows).savefig(path.with_suffix(".png"), dpi=110)
-    print("| network | theory | L_eff | predicted | measured | interval (95 %) | holds |\n" + "|---" * 7 + "|")
+    print("| network | theory | L_eff | predicted | measured | interval (95 %) | slopes | holds |\n" + "|---" * 8 + "|")
     for row in rows:
         low, high = row["interval"]
         print(
             f"| {row['network']} | {'none' if row['normalised'] else 'homogeneous'} | {row['depth']:.2f} "
             f"| {row['predicted']:.2f} ± {TOLERANCE:g} | {row['measured']:.2f} | {low:.2f} … {high:.2f} "
-            f"| {'yes' if row['holds'] else 'no'} |"
+            f"| {', '.join(f'{part:.2f}' for part in row['slopes'])} | {'yes' if row['holds'] else 'no'} |"
         )
 
 
@@ -175,9 +176,16 @@ def row(case: Case, depth: float, gammas: Sequence[float], edges: list[list[floa
         "log10_edges": [[round(edge, 3) for edge in own] for own in edges],
         "predicted": round(predicted, 4),
         "measured": round(measured, 4),
+        "slopes": slopes(gammas, edges),
         "interval": [round(measured - wide, 4), round(measured + wide, 4)],
         "holds": abs(measured - predicted) <= TOLERANCE,
     }
+
+
+def slopes(gammas: Sequence[float], edges: Sequence[Sequence[float]]) -> list[float]:
+    """Exponents between neighbouring γ, of the seeds' mean log₁₀ edges: where they differ, no one power is the law."""
+    means = [sum(own) / len(own) for own in edges]
+    return [round((means[i + 1] - means[i]) / math.log10(gammas[i + 1] / gammas[i]), 2) for i in range(len(gammas) - 1)]
 
 
 def picture(rows: list[dict[str, Any]]) -> Figure:

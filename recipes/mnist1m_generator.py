@@ -5,8 +5,7 @@ r"""MNIST-1M of your own: a class-conditional diffusion model writes the files t
         --steps 200000 --batch-size 512 --lr 3e-4 --files 100 --images 10000 --sampling-steps 100 --device cuda
 
 What it shows: gammaopt where the loss is no classifier's. The network predicts the image x from cos(a)·x + sin(a)·ε,
-a = πt/2, and samples by DDIM (Song, Meng, Ermon, ICLR 2021). Batches and files follow from (seed, number) alone: a
-killed run goes on from its checkpoint and its last whole file.
+a = πt/2, and samples by DDIM (Song, Meng, Ermon, ICLR 2021). A killed run goes on and comes out as one that was not.
 What to expect: the nearest real digit of nearly every generated one is of the class that it was made for.
 """
 
@@ -34,9 +33,8 @@ class Denoiser(nn.Module):
         self.embed, self.patch = nn.Conv2d(1, width, patch, patch), patch
         self.position = nn.Parameter(0.02 * torch.randn((28 // patch) ** 2, width))
         self.time, self.label = nn.Linear(32, width), nn.Embedding(10, width)
-        self.blocks = nn.Sequential()
-        for _ in range(layers):
-            self.blocks.append(nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", 1e-5, True, True))
+        block = partial(nn.TransformerEncoderLayer, width, heads, 4 * width, 0.0, "gelu", 1e-5, True, True)
+        self.blocks = nn.Sequential(*(block() for _ in range(layers)))
         self.norm, self.readout = nn.LayerNorm(width), nn.Linear(width, patch**2)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -77,6 +75,7 @@ def main(words: list[str] | None = None) -> None:
     for name, default in {**sizes, **files, "gamma": 1.0, "seed": 0, "device": "cpu"}.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args(words)
+    numbers = {k: v for k, v in vars(args).items() if k not in ("files", "save_every", "out", "device")}
     images, classes = (part.to(args.device) for part in real(args.root))
     torch.manual_seed(args.seed)
     model = Denoiser(args.width, args.layers, args.heads, args.patch_size).to(args.device)
@@ -84,10 +83,12 @@ def main(words: list[str] | None = None) -> None:
     gammaopt.wrap(model, args.gamma, example_inputs=example, center="zero_readout")  # f = 0 at the start, no copy
     optimizer = gammaopt.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     print(model.gammaopt.table(args.lr, "adam"))
-    begin, right, out = 0, 0.0, Path(args.out)
+    begin, right, out, checkpoint = 0, 0.0, Path(args.out), Path(args.out) / "checkpoint.pt"
     out.mkdir(parents=True, exist_ok=True)
-    if (out / "checkpoint.pt").exists():
-        begin, *states = torch.load(out / "checkpoint.pt", map_location=args.device)
+    if checkpoint.exists():
+        begin, kept, *states = torch.load(checkpoint, map_location=args.device)
+        if kept != numbers:
+            parser.error(f"{out} has a run of {sorted(kept.items() - numbers.items())}; give those, or another --out")
         model.load_state_dict(states[0]), optimizer.load_state_dict(states[1])
     for step in tqdm(range(begin, args.steps), desc="training"):
         draw = torch.Generator().manual_seed(args.seed * 10**9 + step)
@@ -99,8 +100,7 @@ def main(words: list[str] | None = None) -> None:
         loss.backward()
         optimizer.step()
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            write(out / "checkpoint.pt", partial(torch.save, [step + 1, model.state_dict(), optimizer.state_dict()]))
-
+            write(checkpoint, partial(torch.save, [step + 1, numbers, model.state_dict(), optimizer.state_dict()]))
     for number in tqdm(range(args.files), desc="files"):
         path, draw = out / f"MNIST_images_{number}.npz", torch.Generator().manual_seed(args.seed * 10**9 - 1 - number)
         labels = torch.randperm(args.images, generator=draw) % 10

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,6 +78,77 @@ def test_a_flipped_bit_in_a_stored_member_is_found_unless_told_to_be_fast(tmp_pa
     assert f"part0.npz:X is damaged after 0 of {N * 3072:,} bytes (Bad CRC-32" in problem
     assert f"the file has {len(content):,} bytes" in problem
     assert checked(tmp_path, fast=True).problems == []
+
+
+@pytest.mark.parametrize("form", ["stored", "compressed", "mnist"])
+def test_whatever_few_bytes_are_changed_the_check_ends_and_names_the_file(tmp_path: Path, form: str) -> None:
+    draw = np.random.default_rng(0)
+    name = "MNIST_images_0.npy" if form == "mnist" else "part0.npz"
+    if form == "mnist":
+        np.save(tmp_path / name, np.zeros((2, 28, 28), np.uint8))
+        np.save(tmp_path / "MNIST_labels_0.npy", np.arange(2))
+    else:
+        save = np.savez if form == "stored" else np.savez_compressed
+        save(tmp_path / name, X=np.zeros((2, 32, 32, 3), np.uint8), Y=np.arange(2))
+    content = (tmp_path / name).read_bytes()
+    ends = [*range(min(200, len(content))), *range(max(0, len(content) - 700), len(content))]  # headers, directory
+    found = 0
+    for _ in range(400):
+        spoilt = bytearray(content)
+        for place in draw.choice(ends, draw.integers(1, 5)):
+            spoilt[place] = draw.integers(256)
+        (tmp_path / name).write_bytes(spoilt)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy's, of a header from Python 2
+            made = check_folder(tmp_path, fast=False, on_progress=lambda _: None)
+        assert all(name in problem for problem in made.problems), made.problems
+        found += bool(made.problems)
+    assert found > (20 if form == "mnist" else 200)
+
+
+def test_the_sizes_of_a_split_that_the_folder_itself_has_are_told(tmp_path: Path) -> None:
+    raw = tmp_path / "mnist" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 30), ("t10k", 12)):
+        head = struct.pack(">IIII", 2051, count, 28, 28)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(head + bytes(count * 784))
+        labels = bytes(i % 10 for i in range(count))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + labels)
+    assert "30 sound images: one pass shows 30, 12 are held out" in str(checked(tmp_path / "mnist"))
+    tiny = tmp_path / "tiny"
+    (tiny / "val" / "images").mkdir(parents=True)
+    image = Image.fromarray(np.zeros((9, 9, 3), np.uint8))
+    for name in ("ant", "bee"):
+        (tiny / "train" / name / "images").mkdir(parents=True)
+        for i in range(4):
+            image.save(tiny / "train" / name / "images" / f"{i}.JPEG")
+        image.save(tiny / "val" / "images" / f"{name}.JPEG")
+    (tiny / "val" / "val_annotations.txt").write_text("ant.JPEG\tant\nbee.JPEG\tbee\n")
+    text = str(checked(tiny))
+    assert "TinyImageNet (stream 'imagefolder')" in text
+    assert "8 sound images: one pass shows 8, 2 are held out" in text
+    assert text.endswith("Nothing is wrong.")
+
+
+def test_an_image_too_large_to_decode_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("ant", "bee"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / folder / "0.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    problems = checked(tmp_path).problems
+    assert len(problems) == 2
+    assert "0.png" in problems[0]
+    assert "can't be decoded: Image size (1600 pixels) exceeds limit" in problems[0]
+
+
+def test_a_page_in_place_of_mnist_is_told(tmp_path: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for what in ("images-idx3", "labels-idx1"):
+            (raw / f"{part}-{what}-ubyte").write_bytes(b"<!DOCTYPE html><html><body>moved</body></html>")
+    (problem,) = checked(tmp_path).problems
+    assert f"{tmp_path} does not hold MNIST as torchvision keeps it" in problem
 
 
 def test_image_files(tmp_path: Path) -> None:

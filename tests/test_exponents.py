@@ -118,6 +118,18 @@ def test_best_rate_of_a_pre_layer_norm_residual_network_has_the_exponent_of_its_
     assert row["measured"] == pytest.approx(2 / row["depth"], abs=0.15)
 
 
+def test_the_slopes_told_of_the_architectures_are_those_of_the_edges_that_were_measured() -> None:
+    path = Path(architectures.__file__).parent / "results" / "architectures" / "cpu.json"
+    rows = {row["network"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    for row in rows.values():
+        means = np.mean(row["log10_edges"], axis=1)
+        assert row["slopes"] == pytest.approx(np.diff(means) / np.diff(np.log10(row["gammas"])), abs=0.006)
+        assert row["slopes"] == architectures.slopes(row["gammas"], row["log10_edges"])
+    for name in ("ViT", "ResNet-18"):  # as their docstrings say
+        steep, flat = rows[name]["slopes"]
+        assert flat < rows[name]["predicted"] < steep
+
+
 @pytest.mark.slow
 def test_edges_of_the_architectures_follow_their_effective_depth(tmp_path: Path) -> None:
     architectures.main(["--preset", "cpu", "--results", str(tmp_path)])

@@ -150,6 +150,46 @@ def test_mnist_1m_in_each_form(tmp_path: Path, image_end: str, label_end: str) -
     is_whole(stream, 2 * PART)
 
 
+def write_floats(folder: Path, pixels: np.ndarray[Any, Any]) -> Path:
+    np.save(folder / "MNIST_images_0.npy", pixels)
+    np.save(folder / "MNIST_labels_0.npy", np.arange(len(pixels)) % 10)
+    return folder
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1 / 127.5, -1.0), (1 / 255, 0.0), (1.0, 0.0)])
+def test_floats_of_each_range_are_the_same_pixels(tmp_path: Path, scale: float, shift: float) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (300, 28, 28), dtype=np.uint8)
+    images[:256] = images[:256] % 2 * 128 + 127  # the first ones alone would look like 0 … 1 where −1 … 1 is meant
+    stream = mnist1m(write_floats(tmp_path, (images * scale + shift).astype(np.float32)), on_progress=quiet)
+    assert np.array_equal(stream._images[0], images)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "message"),
+    [(-0.42, 2.82, r"pixels from -0.42 to 2.82, neither"), (0.0, np.nan, "pixels that are no numbers")],
+)
+def test_floats_of_no_known_range_are_refused(tmp_path: Path, low: float, high: float, message: str) -> None:
+    pixels = np.full((300, 28, 28), low, np.float32)
+    pixels[-1] = high
+    with pytest.raises(UsageError, match=message):
+        mnist1m(write_floats(tmp_path, pixels), on_progress=quiet)
+    assert not list(tmp_path.rglob("*.uint8.npy*"))
+
+
+def test_a_compressed_array_in_fortran_order_is_the_same_images(tmp_path: Path) -> None:
+    images = pictures(1)[0]
+    np.savez_compressed(tmp_path / "part0.npz", X=np.asfortranarray(images), Y=labels_of(0))
+    assert np.array_equal(cifar5m(tmp_path, on_progress=quiet)._images[0], images)
+
+
+def test_mean_and_deviation_are_those_of_the_training_part() -> None:
+    images, labels = np.full((100, 4, 4), 10, np.uint8), np.arange(100) % 2
+    hidden = Order(100, 50).held(np.arange(50))
+    images[hidden] = 200
+    stream = Stored("mine", [images], [labels], 2, held_out=50)
+    assert float(stream._mean) == pytest.approx(10 / 255)
+
+
 def write_images(folder: Path, classes: list[str], each: int, inside: str = "", end: str = ".png") -> None:
     draw = np.random.default_rng(1)
     for label, name in enumerate(classes):
@@ -435,6 +475,26 @@ def test_files_that_do_not_fit_together_are_named(tmp_path: Path, message: str) 
         bad_folders(tmp_path)[message]()
 
 
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (np.ones((20, 4, 4), np.float32), np.arange(20) % 3, "mine: images are float32; give uint8"),
+        (np.ones((20, 4, 4), np.uint8), np.arange(20) % 4, "mine has labels from 0 to 3, outside 0 … 2"),
+        (np.ones((20, 4, 4), np.uint8), np.arange(20) / 10, "mine has labels that are no whole numbers"),
+    ],
+)
+def test_arrays_of_another_kind_are_told(images: Any, labels: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Stored("mine", [images], [labels], 3)
+
+
+def test_labels_as_one_hot_rows_or_a_column_are_the_classes() -> None:
+    images, labels = pictures(1)[0], np.arange(PART) % 10
+    plain = Stored("mine", [images], [labels], 10)
+    for rows in (np.eye(10)[labels], labels[:, None]):
+        assert torch.equal(Stored("mine", [images], [rows], 10).labels, plain.labels)
+
+
 # One pass
 
 
@@ -460,6 +520,44 @@ def test_a_pass_and_the_held_out_part_together_are_all_images(images: int, held:
         some = np.array([order.train - 1, 0, order.train // 2])
         assert order.at(some, seed).tolist() == shown[some].tolist()
     assert order.at(np.arange(order.train), 0).tolist() != order.at(np.arange(order.train), 1).tolist()
+
+
+@pytest.mark.parametrize("size", [0, 5])
+def test_a_place_outside_of_a_permutation_is_an_error_and_no_endless_walk(size: int) -> None:
+    with pytest.raises(IndexError, match=rf"places 0 … 5 are not all in 0 … {size - 1}"):
+        permute(np.array([0, 5]), size, 0)
+
+
+def empty_held(folder: Path) -> dict[str, Callable[[], object]]:
+    def flat() -> None:
+        write_images(folder / "train", ["ant", "bee"], 3)
+        (folder / "train" / "ant" / "ant_0.png").rename(_made(folder / "val") / "ant_0.png")
+        imagefolder(folder, on_progress=quiet)
+
+    def no_lines() -> None:
+        write_images(folder / "train", ["ant", "bee"], 3, "images", ".JPEG")
+        (_made(folder / "val") / "val_annotations.txt").write_text("\n")
+        (folder / "wnids.txt").write_text("ant\nbee\n")
+        imagefolder(folder, on_progress=quiet)
+
+    images, labels = pictures(1)[0], labels_of(0)
+    return {
+        r"val has no images in class folders; put them into val/CLASS, or remove it": flat,
+        r"val_annotations\.txt names no image": no_lines,
+        r"mine: 0 held-out images of shape \(32, 32, 3\) with 0 labels; give at least one": lambda: Stored(
+            "mine", [images], [labels], 10, held=(images[:0], labels[:0])
+        ),
+        r"mine: 3 held-out images of shape \(16, 32, 3\) with 3 labels": lambda: Stored(
+            "mine", [images], [labels], 10, held=(images[:3, :16], labels[:3])
+        ),
+        r"list: held has no items; give some": lambda: FromDataset([(torch.zeros(1), 0)] * 3, 2, held=[]),
+    }
+
+
+@pytest.mark.parametrize("message", empty_held(Path()))
+def test_a_held_out_part_that_is_empty_or_of_another_shape_is_told(tmp_path: Path, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        empty_held(tmp_path)[message]()
 
 
 def test_blocks_stay_together_on_disk_and_yet_batches_are_mixed() -> None:
@@ -599,6 +697,14 @@ def test_shares_together_are_the_whole_stream(folder: Path) -> None:
         Shard(stream, 3, 3)
     with pytest.raises(UsageError, match="more than one pass"):
         Shard(stream, 2, 3).batches(0, 0, 10, 4)
+    # 108 samples are 27 batches of 4: of two processes one would have 14 and wait for the other, which has 13.
+    for rank in range(2):
+        assert Shard(stream, rank, 2).batches(0, 12, 13, 4)[1].shape == (1, 4)
+        message = "cifar5m has 108 training samples, 13 batches of 4 for each of 2 processes; steps=14 is more"
+        with pytest.raises(UsageError, match=message):
+            Shard(stream, rank, 2).batches(0, 13, 14, 4)
+        with pytest.raises(UsageError, match=message):
+            Batches(Shard(stream, rank, 2), 0, 14, 4)
 
 
 # A user's own

@@ -212,6 +212,7 @@ def test_every_stream_is_built_by_its_name(name: str) -> None:
         (lambda: Hermite(8, ((0, 0),)), r"monomial \(0, 0\) is constant; give it a degree >= 1"),
         (lambda: Hermite(1, ((1, 1),)), "has 2 directions, more than inputs=1"),
         (lambda: Hermite(4, ((-1,),)), "degree of a monomial=-1 is too small"),
+        (lambda: Teacher((4,), width=1, depth=9), r"says the same to every input \(width=1, depth=9, draw=0"),
         (lambda: Teacher((8,), 1), "classes=1 leaves nothing to tell apart"),
         (lambda: Teacher((8,), network="cnn"), r"shape=\(8,\) is no image"),
         (lambda: build_stream("parity", degre=2), "stream 'parity' has no knob 'degre'; it has: bits, degree"),

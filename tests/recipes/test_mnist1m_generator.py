@@ -20,18 +20,32 @@ pytest.importorskip("tqdm")
 
 
 @pytest.fixture
-def generate() -> Callable[[Path], None]:
+def generate() -> Callable[..., None]:
     spec = importlib.util.spec_from_file_location("mnist1m_generator", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
     words = "--steps 9 --save-every 3 --width 32 --layers 1 --batch-size 16 --images 30 --sampling-steps 3 --out"
-    return lambda out: recipe.main([*words.split(), str(out)])
+    return lambda out, *more: recipe.main([*words.split(), str(out), *more])
 
 
 def content(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.glob("MNIST_*")}
+
+
+def test_a_folder_of_another_run_is_left_alone(
+    generate: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with torch.random.fork_rng([]):
+        generate(tmp_path)
+        before = content(tmp_path)
+        with pytest.raises(SystemExit):
+            generate(tmp_path, "--seed", "1", "--files", "3")
+        assert f"{tmp_path} has a run of [('seed', 0)]; give those, or another --out" in capsys.readouterr().err
+        assert content(tmp_path) == before
+        generate(tmp_path, "--files", "3")
+    assert len(content(tmp_path)) == 6
 
 
 def test_the_stream_reads_what_it_wrote(generate: Callable[[Path], None], tmp_path: Path) -> None:

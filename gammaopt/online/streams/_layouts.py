@@ -142,12 +142,26 @@ def _gray(cache: Cache, member: Member) -> Array:
     side, count = MNIST_SIDE, member.shape[0]
     if member.dtype == np.uint8:
         return cache.member(member).reshape(count, side, side)
+    if member.dtype.kind not in "uif":
+        raise UsageError(f"{member} is {member.dtype}; MNIST-1M has uint8, or floats from 0 to 1")
     values = cache.member(member)
 
     def pieces() -> Iterator[bytes]:
-        low, high = (float(f(values[:DECODED])) for f in (np.min, np.max))
-        # From −1 to 1, from 0 to 1, or from 0 to 255.
-        scale, shift = (127.5, 1.0) if low < -0.01 else (255.0, 0.0) if high <= 1.01 else (1.0, 0.0)
+        parts = [values[start : start + DECODED] for start in range(0, count, DECODED)]
+        low, high = min(float(part.min()) for part in parts), max(float(part.max()) for part in parts)
+        if not all(bool(np.isfinite(part).all()) for part in parts):
+            raise UsageError(f"{member} has pixels that are no numbers; get the file again")
+        if -1.01 <= low < -0.01 and high <= 1.01:
+            scale, shift = 127.5, 1.0
+        elif low >= -0.01 and high <= 1.01:
+            scale, shift = 255.0, 0.0
+        elif low >= -0.01 and high <= 255.5:
+            scale, shift = 1.0, 0.0
+        else:
+            raise UsageError(
+                f"{member} has pixels from {low:.3g} to {high:.3g}, neither −1 … 1, 0 … 1 nor 0 … 255; "
+                "undo its standardisation, or save it as uint8"
+            )
         for start in range(0, count, DECODED):
             piece = (np.asarray(values[start : start + DECODED], np.float32) + shift) * scale
             yield np.clip(np.rint(piece), 0, 255).astype(np.uint8).tobytes()
@@ -177,6 +191,8 @@ def tinyimagenet_files(path: Path) -> tuple[Files, Files | None]:
         if label not in held or not file.exists():
             raise UsageError(f"{notes} names {name} of class {label!r}, which is not there; unpack the archive again")
         held[label].append(file)
+    if not any(held.values()):
+        raise UsageError(f"{notes} names no image; unpack the archive again, or remove val/ to hold out some of train/")
     return train, held
 
 
@@ -191,9 +207,16 @@ def imagefolder_files(path: Path) -> tuple[Files, Files | None]:
     train = _by_class(base)
     if len(train) < 2:
         raise UsageError(f"{base} has images of {len(train)} classes; give a folder with one folder for each class")
-    held = None if beside is None else _by_class(beside)
-    if held is not None and not set(held) <= set(train):
+    if beside is None:
+        return train, None
+    held = _by_class(beside)
+    if not set(held) <= set(train):
         raise UsageError(f"{beside} has {_told(sorted(set(held) - set(train)))}, no class of the training images")
+    if not held:
+        raise UsageError(
+            f"{beside} has no images in class folders; put them into {beside.name}/CLASS, or remove it to hold out "
+            "some of the training images"
+        )
     return train, held
 
 
@@ -240,13 +263,18 @@ def _only(file: Path) -> Member:
 
 def classes_of(labels: Array, count: int, told: str, classes: int = 10) -> Array:
     """Labels as int64 (n,), from whole numbers or one-hot rows: ``count`` of them, 0 … ``classes`` − 1."""
+    if labels.dtype.kind not in "biuf":
+        raise UsageError(f"{told} has labels of type {labels.dtype}; give whole numbers")
     if labels.ndim == 2 and labels.shape[1] > 1:
         labels = labels.argmax(1)
     if labels.size != count:
         raise UsageError(f"{told} has {labels.size:,} labels for {count:,} images; get both files again")
     if count and not 0 <= labels.min() <= labels.max() < classes:
         raise UsageError(f"{told} has labels from {labels.min()} to {labels.max()}, outside 0 … {classes - 1}")
-    return np.asarray(labels, np.int64).reshape(-1)
+    whole = np.asarray(labels, np.int64).reshape(-1)
+    if labels.dtype.kind == "f" and not np.array_equal(whole, labels.reshape(-1)):
+        raise UsageError(f"{told} has labels that are no whole numbers")
+    return whole
 
 
 def _folders(path: Path) -> list[Path]:
@@ -306,7 +334,7 @@ def decode(file: Path, side: int) -> bytes:
             box = (left, top, left + min(image.size), top + min(image.size))
             square = image.convert("RGB").resize((side, side), library.Resampling.BILINEAR, box)
             return bytes(square.tobytes())
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, library.DecompressionBombError) as error:
         raise DamagedFileError(
             f"{file} ({file.stat().st_size:,} bytes) can't be decoded: {error}; get it again or remove it"
         ) from None

@@ -10,7 +10,10 @@ file's, so a file that is cut off is told by name and bytes, not by a crash in t
 
 from __future__ import annotations
 
+import lzma
+import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -26,6 +29,24 @@ from gammaopt._errors import UsageError
 Array = npt.NDArray[Any]
 LOCAL_HEADER = 30  # bytes, before the name
 PIECE = 16 * 2**20  # bytes read at a time
+# What zipfile and numpy raise, over a few bytes that are not what they were: a method or encryption that is not known,
+# a place before the file's beginning, a header that is no Python literal or asks for more memory than there is.
+BROKEN = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    tokenize.TokenError,
+    struct.error,
+    EOFError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    LookupError,
+    ArithmeticError,
+    MemoryError,
+    TypeError,
+    ValueError,
+)
 
 
 class DamagedFileError(UsageError):
@@ -54,7 +75,7 @@ class Member:
     @property
     def length(self) -> int:
         """Bytes of the array."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def __str__(self) -> str:
         return f"{self.path}:{self.name}" if self.name else str(self.path)
@@ -81,7 +102,9 @@ class Member:
                 while piece := file.read(PIECE):
                     done += len(piece)
                     yield piece
-        except (zipfile.BadZipFile, zlib.error, EOFError, struct.error) as error:
+        except UsageError:
+            raise
+        except BROKEN as error:
             raise DamagedFileError(
                 f"{self} is damaged after {done:,} of {self.length:,} bytes ({error}); "
                 f"the file has {self.path.stat().st_size:,} bytes: get it again"
@@ -108,7 +131,9 @@ def members(path: Path) -> dict[str, Member]:
                 for info in archive.infolist()
                 if info.filename.endswith(".npy")
             }
-    except (zipfile.BadZipFile, zlib.error, EOFError, struct.error) as error:
+    except UsageError:
+        raise
+    except BROKEN as error:
         raise DamagedFileError(
             f"{path} is cut off, or no npz file: its {size:,} bytes are no whole zip ({error}); get it again"
         ) from None
@@ -156,8 +181,10 @@ def _header(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, np.dtyp
         version = np.lib.format.read_magic(file)  # type: ignore[no-untyped-call, unused-ignore]
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)  # type: ignore[no-untyped-call, unused-ignore]
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
+        if any(side < 0 for side in shape):
+            raise ValueError(f"shape {shape} is negative")
+    except BROKEN as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DamagedFileError(
             f"{path} ({path.stat().st_size:,} bytes) does not begin as an array file: {reason}; get it again"
         ) from None

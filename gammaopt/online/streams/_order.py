@@ -29,7 +29,13 @@ WINDOW = 64  # blocks that are mixed with one another
 
 
 def permute(index: Indices, size: int, chosen_by: int) -> Indices:
-    """The permutation of 0 … ``size`` − 1 chosen by a 64-bit key, at each ``index``."""
+    """The permutation of 0 … ``size`` − 1 chosen by a 64-bit key, at each ``index``.
+
+    Raises:
+        IndexError: for an index outside, which would be sent round for ever.
+    """
+    if np.size(index) and not 0 <= np.min(index) <= np.max(index) < size:
+        raise IndexError(f"places {np.min(index)} … {np.max(index)} are not all in 0 … {size - 1}")
     bits = max(2, (size - 1).bit_length())
     mask, shift = np.uint64(2**bits - 1), np.uint64((bits + 1) // 2)
     draws = [np.uint64(key(chosen_by, turn) & (2**64 - 1)) for turn in range(2 * ROUNDS)]

@@ -46,13 +46,30 @@ class Shard(Generated):
         twin.stream = on_device(self.stream, device)
         return twin
 
+    def check(self, steps: int, size: int) -> None:
+        """Raise :class:`UsageError` unless one pass has ``steps`` batches of ``size`` for every process.
+
+        Where one had a batch more than another, it would wait for ever in the next collective.
+        """
+        if not isinstance(self.stream, Finite):
+            return
+        own = self.stream.train_samples // (size * self.world)
+        if steps > own:
+            raise UsageError(
+                f"{self.name} has {self.stream.train_samples:,} training samples, {own:,} batches of {size} for each "
+                f"of {self.world} processes; steps={steps:,} is more than one pass: give fewer steps or smaller batches"
+            )
+
     def batches(self, seed: int, start: int, stop: int, size: int, split: Split = "train") -> tuple[Tensor, Tensor]:
-        """See :class:`Stream`."""
+        """See :class:`Stream`.
+
+        Raises:
+            UsageError: for a step that not every process has in one pass.
+        """
         if split == "held_out":
             return self.stream.batches(seed, start, stop, size, split)
-        if isinstance(self.stream, Finite):
-            self.stream.check((stop - 1) * self.world + self.rank + 1, size)
-        own = range(start * self.world + self.rank, stop * self.world, self.world)
-        parts = [self.stream.batches(seed, step, step + 1, size, split) for step in own]
+        self.check(stop, size)
+        mine = range(start * self.world + self.rank, stop * self.world, self.world)
+        parts = [self.stream.batches(seed, step, step + 1, size, split) for step in mine]
         inputs, targets = (torch.cat(part) for part in zip(*parts, strict=True))
         return inputs, targets

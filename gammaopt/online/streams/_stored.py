@@ -22,7 +22,7 @@ from torch import Tensor
 from gammaopt._errors import UsageError, at_least
 from gammaopt.online.streams._base import Finite, Generated, Split
 from gammaopt.online.streams._convert import Cache, OnConvert
-from gammaopt.online.streams._layouts import SIDE, Found, open_layout, recognise
+from gammaopt.online.streams._layouts import SIDE, Found, classes_of, open_layout, recognise
 from gammaopt.online.streams._mapped import Array
 from gammaopt.online.streams._order import Indices, Order, permute
 
@@ -47,7 +47,8 @@ class Stored(Generated, Finite):
         resident: bytes to spend on keeping the first images on the device, as uint8; the rest comes from the disk.
 
     Raises:
-        UsageError: for shapes that do not fit together, or too few images.
+        UsageError: for shapes that do not fit together, images that are not uint8, labels that are no classes, or too
+            few images.
     """
 
     def __init__(
@@ -64,6 +65,18 @@ class Stored(Generated, Finite):
         sizes = {part.shape[1:] for part in images}
         if len(sizes) != 1 or any(len(x) != len(y) for x, y in zip(images, labels, strict=True)):
             raise UsageError(f"{name}: images of shapes {sorted(sizes)} and their labels do not fit together")
+        if held is not None and (not len(held[0]) or len(held[0]) != len(held[1]) or held[0].shape[1:] not in sizes):
+            raise UsageError(
+                f"{name}: {len(held[0]):,} held-out images of shape {held[0].shape[1:]} with {len(held[1]):,} labels; "
+                f"give at least one, of shape {next(iter(sizes))}, and a label for each"
+            )
+        for part in [*images, *([held[0]] if held else [])]:
+            if part.dtype != np.uint8:
+                raise UsageError(
+                    f"{name}: images are {part.dtype}; give uint8, 0 … 255: (255*x).round().astype('uint8')"
+                )
+        labels = [classes_of(y, len(x), name, classes) for x, y in zip(images, labels, strict=True)]
+        held = (held[0], classes_of(held[1], len(held[0]), f"{name}, held out,", classes)) if held else None
         self.name, self.classes, self.resident = name, classes, at_least("resident", resident, 0)
         height, width, *channels = sizes.pop()
         self.shape: tuple[int, ...] = (*(channels or [1]), height, width)

@@ -81,6 +81,11 @@ class Teacher(Generated):
             weight.copy_(numbers.view_as(weight) * (2 / weight[0].numel()) ** 0.5)
         said = self._say(self._inputs(torch.tensor([_random.key("calibration", draw)]), CALIBRATION))
         self._std = said.std(0)
+        if not bool((self._std > 0).all()):
+            raise UsageError(
+                f"this teacher says the same to every input (width={width}, depth={depth}, draw={draw}: its units are "
+                "dead); give another draw or a larger width"
+            )
         self._mean = said.mean(0) - self._std * _offsets((said - said.mean(0)) / self._std)
 
     def to(self, device: torch.device | str) -> Self:

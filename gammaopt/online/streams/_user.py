@@ -42,7 +42,7 @@ class FromDataset(Finite):
     depend on the index, or make the augmentation part of the model.
 
     Raises:
-        UsageError: if the data set is empty, or its items are no pairs.
+        UsageError: if a data set is empty, or its items are no pairs.
 
     Example:
         >>> data = [(torch.tensor([float(i)]), i % 3) for i in range(100)]
@@ -65,6 +65,8 @@ class FromDataset(Finite):
         self._dataset, self._held = dataset, held
         count = len(dataset)
         wanted = 0
+        if held is not None and not len(held):
+            raise UsageError(f"{self.name}: held has no items; give some, or leave it out to hold out some of dataset")
         if held is None:
             wanted = at_least("held_out", max(1, min(HELD_OUT, count // 10)) if held_out is None else held_out, 1)
         self._order = Order(count, wanted)
@@ -179,7 +181,7 @@ def from_torchvision(name: Literal["cifar10", "mnist"], root: str | Path, *, res
     made, classes = known[name]
     try:
         train, test = (made(str(root), train=part, download=False) for part in (True, False))
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, AssertionError, LookupError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(
             f"{root} does not hold {made.__name__} as torchvision keeps it ({reason}); "

@@ -69,11 +69,11 @@ def test_json_is_all_of_stdout_and_is_result_json(finished: tuple[Path, subproce
 
 
 def test_the_printed_range_is_what_the_budget_can_train() -> None:
-    """γ_max = (T/10/T₁)^(L/(L−2)) with L = 3: (100/25)³ under cross-entropy, (100/11)³ under MSE, (200/25)³."""
+    """γ_max = (T/10/T₁)^(L/(L−2)) with L = 3: (100/23)³ under cross-entropy, (100/12)³ under MSE, (200/23)³."""
     for plan, high in {
-        StudyPlan("digits"): "64",
-        StudyPlan("digits", "mse"): "751.3",
-        StudyPlan("digits", steps=2000): "512",
+        StudyPlan("digits"): "82.19",
+        StudyPlan("digits", "mse"): "578.7",
+        StudyPlan("digits", steps=2000): "657.5",
     }.items():
         line = f"γ from 0.01 to {high}: what {plan.steps:,} steps can train; --gamma-range sets it"
         assert range_line(plan) == line

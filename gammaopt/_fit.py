@@ -15,6 +15,7 @@ import reprlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -98,6 +99,12 @@ def critical_rates(records: Iterable[Record], of: Of) -> tuple[Point, ...]:
     points = []
     for (gamma, seed), runs in sorted(cells.items()):
         runs.sort(key=lambda run: run.effective_lr)
+        twice = next((a.effective_lr for a, b in pairwise(runs) if a.effective_lr == b.effective_lr), None)
+        if twice is not None:
+            raise UsageError(
+                f"records holds γ={gamma:g}, η={twice:g}, seed={seed} twice; give those of one budget, "
+                "[record for record in records if record.steps == …]"
+            )
         found = _best(runs) if of == "best" else _edge(runs)
         if found is not None:
             log, reach = found
@@ -131,7 +138,7 @@ def _best(runs: Sequence[Record]) -> tuple[float, float] | None:
         return None
     (a, b, c), (u, v, w) = rates[i - 1 : i + 2], scores[i - 1 : i + 2]
     reach = (c - a) / 4
-    if not math.isfinite(w):
+    if not (math.isfinite(u) and math.isfinite(w)):  # a neighbour diverged, which far below the edge only chaos does
         return b, reach
     # Newton's form of the parabola through three points that need not be evenly spaced.
     first, second = (v - u) / (b - a), (w - v) / (c - b)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gammaopt import _distributed
 from gammaopt._laws import Loss
 from gammaopt._plan import Plan
 
@@ -171,13 +172,21 @@ def uncentred(model: nn.Module, saved: Mapping[str, Any]) -> list[str]:
         return []
     if any(name.startswith(THETA0) for name in saved):
         return [] if PLAN in saved else _centring(model, saved)
-    pairs = zip(model.parameters(), reference.parameters(), strict=False)
-    if not all(not p.is_meta and p.shape == start.shape and torch.equal(p, start) for p, start in pairs):
+    _distributed.follow_sharding(model, reference)
+    if not all(_alike(*pair) for pair in zip(model.parameters(), reference.parameters(), strict=False)):
         return []
     return [
         "the checkpoint has no θ₀, so f stays centred on this model's own start and is not 0 at what was loaded; "
         "to start from the checkpoint load it into the net before gammaopt.wrap"
     ]
+
+
+def _alike(parameter: Tensor, start: Tensor) -> bool:
+    """Whether a parameter stands at its start, and can be compared with it at all."""
+    if parameter.is_meta or start.is_meta:
+        return False
+    kinds = ((t.shape, t.dtype, t.device) for t in (parameter, start))
+    return len(set(kinds)) == 1 and torch.equal(parameter, start)
 
 
 def shortened(error: str) -> str:

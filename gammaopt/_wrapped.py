@@ -142,7 +142,9 @@ class Wrapped(nn.Module):
         yield from super().named_buffers(prefix, recurse, remove_duplicate)
         if not recurse:
             start = prefix + "." if prefix else ""
-            yield start + PLAN, self.gammaopt_plan
+            # Where the parameters are: set_model_state_dict wants one device for all. MPS has no float64.
+            device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+            yield start + PLAN, self.gammaopt_plan.to("cpu" if device.type == "mps" else device)
             if self._gammaopt_reference is not None:
                 _distributed.follow_sharding(self, self._gammaopt_reference)
                 for name, tensor in self._gammaopt_reference.state_dict().items():

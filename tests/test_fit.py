@@ -91,6 +91,19 @@ def test_uneven_rates_and_a_diverged_neighbour() -> None:
     assert math.log(beside.lr) == pytest.approx(-0.4)
 
 
+def test_a_diverged_rate_below_the_best_spoils_no_exponent() -> None:
+    (point,) = critical_rates([record(1.0, lr, 0, loss) for lr, loss in [(1, None), (2, 0.1), (4, 0.4)]], "best")
+    assert point.lr == pytest.approx(2.0)
+    assert point.reach == pytest.approx(math.log(4) / 4)
+
+
+@pytest.mark.parametrize("of", ["best", "edge"])
+def test_records_of_two_budgets_are_refused(of: Any) -> None:
+    """Each rate would stand twice in a cell, and the edge between the two, with certainty."""
+    with pytest.raises(UsageError, match=r"γ=1, η=1, seed=0 twice; give those of one budget"):
+        critical_rates([record(1.0, lr, 0, 0.1 * lr) for lr in (1.0, 2.0, 4.0) for _ in range(2)], of)
+
+
 def test_only_large_gamma_leaves_the_lazy_exponent_as_predicted() -> None:
     fit = EtaLaw.fit(made(EtaLaw(3.0), 0.7, gammas=[1.0, 10.0, 100.0, 1000.0]))
     assert fit.slopes.lazy is None

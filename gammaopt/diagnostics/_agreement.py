@@ -62,8 +62,9 @@ def agreement(
     Example:
         >>> import torch
         >>> net = torch.nn.Linear(2, 3)
-        >>> agreement(net, net, torch.eye(2))
-        Agreement(distance=0.0, cosine=1.0, labels=1.0, samples=2)
+        >>> same = agreement(net, net, torch.eye(2))
+        >>> same.distance, round(same.cosine, 12), same.labels, same.samples
+        (0.0, 1.0, 1.0, 2)
     """
     (found,) = agreements([model_a, model_b], stream, output=output, dtype=dtype).values()
     return found

@@ -280,3 +280,21 @@ def test_a_checkpoint_of_another_width_is_told_in_a_few_lines() -> None:
     assert lines[2].startswith("\tsize mismatch for")
     assert lines[3].endswith("more")
     assert len(lines) == 4
+
+
+def test_a_plain_checkpoint_in_pieces_fills_a_model_on_the_meta_device() -> None:
+    """Half-way the parameters are there and θ₀ is not: nothing can be compared, and nothing is warned of."""
+    with torch.device("meta"):
+        net = nn.Linear(4, 2)
+    model = wrap(net, gamma=2.0, depth=1.0, knee=1.0)
+    for name, value in nn.Linear(4, 2).state_dict().items():
+        model.load_state_dict({name: value}, strict=False, assign=True)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_all_that_a_sharded_checkpoint_asks_for_is_on_one_device() -> None:
+    """Or torch.distributed.checkpoint finds "Multiple devices" where a whole state dict is handed to an accelerator."""
+    with torch.device("meta"):
+        net = nn.Linear(4, 2)
+    model = wrap(net, gamma=2.0, depth=1.0, knee=1.0)
+    assert {buffer.device for _, buffer in model.named_buffers(recurse=False)} == {torch.device("meta")}

@@ -99,6 +99,8 @@ def hidden_by_zeros(model: nn.Module, inputs: Inputs, output: Output | None, dep
                 draw = torch.randn(parameter.shape, generator=generator, device="cpu") / math.sqrt(columns)
                 parameter.copy_(draw if parameter.dim() > 1 else torch.ones_like(draw))
         drawn = effective_depth(model, inputs, output=output)
+    except UsageError:  # a network that these weights hold back may overflow without
+        return None
     finally:
         with torch.no_grad():
             for parameter in zeros.values():
@@ -107,7 +109,8 @@ def hidden_by_zeros(model: nn.Module, inputs: Inputs, output: Output | None, dep
         return None
     return (
         f"{next(iter(zeros))!r} is 0 at the start, which hides it and what it multiplies ({drawn:.3g} with it drawn at "
-        "random, more as it grows); give depth=, the number of trained layers in the longest product"
+        "random, more as it grows); give depth=, the number of trained layers in the longest product, fewer where they "
+        "are normalised or residual"
     )
 
 

@@ -172,6 +172,8 @@ def uncentred(model: nn.Module, saved: Mapping[str, Any]) -> list[str]:
         return []
     if any(name.startswith(THETA0) for name in saved):
         return [] if PLAN in saved else _centring(model, saved)
+    if any(not parameter.requires_grad and name not in saved for name, parameter in model.named_parameters()):
+        return []  # of an adapter alone: what it is added to is frozen, here as where it was saved
     _distributed.follow_sharding(model, reference)
     if not all(_alike(*pair) for pair in zip(model.parameters(), reference.parameters(), strict=False)):
         return []

@@ -147,6 +147,22 @@ def test_weights_that_start_at_zero_and_hide_depth_are_warned_of() -> None:
         gammaopt.wrap(net, 3.0, example_inputs=x)
 
 
+def test_an_adapter_loaded_alone_is_not_warned_of_and_a_net_that_its_zeros_hold_back_is_not_refused() -> None:
+    torch.manual_seed(0)
+    model = gammaopt.wrap(Adapted(), 3.0, example_inputs=torch.randn(16, 12), depth=3)
+    model.load_state_dict({"A": model.A + 1, "B": model.B + 1}, strict=False)
+
+    class Held(nn.Module):  # ReZero: its gain is 0, and 1 would overflow
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.gain, self.out = nn.Linear(12, 12), nn.Parameter(torch.zeros(1)), nn.Linear(12, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(x + torch.expm1(200 * self.gain) * self.inner(x))  # type: ignore[no-any-return]
+
+    assert gammaopt.wrap(Held(), 3.0, example_inputs=torch.randn(16, 12)).out.weight.isfinite().all()
+
+
 def test_zero_gains_that_hide_nothing_are_not_warned_of() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:

@@ -339,7 +339,11 @@ def _train_stack(
             raise
         if saving.due():
             saving.write(runs, ends, stack, traces, scores)
-    progress.add((steps - stack.step) * len(runs))  # all diverged
+    try:
+        progress.add((steps - stack.step) * len(runs))  # all diverged
+    except StopTraining:
+        saving.write(runs, ends, stack, traces, scores)
+        raise
     for run in runs:
         law = stack.seeds[run.seed].plan.law(FAMILIES[recipe.optimizer])
         losses, shares = traces.losses[traces.runs[run]], traces.shares[traces.runs[run]]

@@ -171,7 +171,11 @@ def _finished(folder: Path, cells: list[Cell]) -> Iterator[RunRecord]:
     """The records of these cells that a killed process had finished and not handed over."""
     left = set(cells)
     for path in sorted(folder.glob("stack-*.jsonl")):
-        records, _ = read_runs(path, RunRecord.from_dict)
+        try:
+            records, _ = read_runs(path, RunRecord.from_dict)
+        except UsageError:  # a help to go on from, as the checkpoint is: what it held is trained again
+            path.replace(path.with_suffix(".damaged-runs"))
+            continue
         for record in records:
             if (cell := Cell(record.gamma, record.lr, record.seed)) in left:
                 left.remove(cell)

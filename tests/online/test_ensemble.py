@@ -355,6 +355,24 @@ def test_a_checkpoint_of_other_runs_is_left_by_a_call_that_writes_none(tmp_path:
     assert not path.exists()
 
 
+def test_a_stop_at_the_very_end_leaves_a_checkpoint_too(tmp_path: Path) -> None:
+    """Where all runs diverged, the last word on progress is for the steps that they did not take."""
+    calls: list[ensemble.Progress] = []
+
+    def stop(progress: ensemble.Progress) -> None:
+        calls.append(progress)
+        if progress.done == progress.total:
+            raise ensemble.StopTraining
+
+    path, runs = tmp_path / "stack.pt", [Run(1.0, 1e6, 0), Run(1.0, 1e7, 0)]
+    with pytest.raises(ensemble.StopTraining):
+        train_many(dataclasses.replace(RECIPE, steps=200), runs, checkpoint=path, on_progress=stop)
+    assert path.exists()
+    again = train_many(dataclasses.replace(RECIPE, steps=200), runs, checkpoint=path)
+    assert again == train_many(dataclasses.replace(RECIPE, steps=200), runs)
+    assert all(record.diverged_at is not None for record in again)
+
+
 def test_restored_traces_are_on_the_host_wherever_the_stack_is(tmp_path: Path) -> None:
     path, ends = tmp_path / "stack.pt", [60]
     stack, traces = stack_module.Stack(stack_module.Seeds(RECIPE), RUNS[:2]), Traces(RUNS[:2], 60)

@@ -149,6 +149,13 @@ def test_a_study_killed_while_a_finished_share_is_handed_over_trains_none_of_it_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_damaged_file_of_finished_runs_is_set_aside_and_they_are_trained_again(tmp_path: Path) -> None:
+    (tmp_path / "stack-0.jsonl").write_text("{not json}\n" * 3, encoding="utf-8")
+    records = {as_cell(record) for record in Workers(PLAN, 1, checkpoints=tmp_path).run(CELLS[:2])}
+    assert records == set(CELLS[:2])
+    assert [path.name for path in tmp_path.iterdir()] == ["stack-0.damaged-runs"]
+
+
 def test_all_given_points_are_one_batch_and_the_others_come_in_about_eight() -> None:
     def ends(trials: int, start: int) -> list[int]:
         made = [0]

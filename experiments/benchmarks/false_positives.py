@@ -20,17 +20,15 @@ from __future__ import annotations
 
 import logging
 import math
-import multiprocessing
-import os
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 import numpy as np
-from _paired import argument_parser, write_json
+from _paired import write_json
+from _studies import in_processes, studies_parser
 from surrogates import Surrogate, read
 
 from gammaopt._errors import require
@@ -119,11 +117,7 @@ def verdict(plan: StudyPlan, runs: LookedUp, chosen: dict[str, Trial]) -> Found:
 
 def measure(studies: int, plan: StudyPlan, jobs: int) -> list[dict[str, Any]]:
     """A row for each disguise: the verdicts of all studies in it."""
-    one = partial(study, plan=plan)
-    if jobs == 1:
-        return rows([one(number) for number in range(studies)])
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        return rows(list(pool.map(one, range(studies), chunksize=10)))
+    return rows(in_processes(study, [(number, plan) for number in range(studies)], jobs))
 
 
 def rows(studies: Sequence[dict[str, Found]]) -> list[dict[str, Any]]:
@@ -150,10 +144,7 @@ def rows(studies: Sequence[dict[str, Found]]) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argument_parser(__doc__)
-    parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
-    options = parser.parse_args(argv)
+    options = studies_parser(__doc__, PRESETS).parse_args(argv)
     studies, plan = PRESETS[options.preset]
     found = measure(studies, plan, options.jobs)
     print(f"{studies} studies without an effect of γ, {plan.trials} trials an arm")

@@ -22,15 +22,13 @@ the same number of trials: with the steps it saves, a pruner could start more.
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from _paired import argument_parser, write_json
+from _paired import write_json
+from _studies import in_processes, studies_parser
 from numpy.typing import NDArray
 from surrogates import Surrogate, read
 
@@ -124,12 +122,7 @@ def train(trial: optuna.Trial, surrogate: Surrogate, curve: NDArray[np.float64])
 def measure(studies: int, trials: int, jobs: int) -> list[dict[str, Any]]:
     """A row for each case and pruner."""
     work = [(case, name, seed, trials) for case in CASES for name in PRUNERS for seed in range(studies)]
-    if jobs == 1:
-        done = [study(*each) for each in work]
-    else:
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-            done = list(pool.map(study, *zip(*work, strict=True)))
-    found = dict(zip(work, done, strict=True))
+    found = dict(zip(work, in_processes(study, work, jobs), strict=True))
     rows = []
     for case in CASES:
         of_case = {name: [found[case, name, seed, trials] for seed in range(studies)] for name in PRUNERS}
@@ -168,10 +161,7 @@ def missed_bars(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argument_parser(__doc__)
-    parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
-    options = parser.parse_args(argv)
+    options = studies_parser(__doc__, PRESETS).parse_args(argv)
     studies, trials = PRESETS[options.preset]
     rows = measure(studies, trials, options.jobs)
     print(f"{studies} studies of {trials} trials; regret in points, and 95 % interval of what it is above no pruner's")

@@ -27,16 +27,14 @@ from __future__ import annotations
 
 import logging
 import math
-import multiprocessing
-import os
 import statistics
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from typing import Any
 
 import numpy as np
-from _paired import argument_parser, write_json
+from _paired import write_json
+from _studies import in_processes, studies_parser
 from surrogates import Surrogate, read
 
 from gammaopt._errors import require
@@ -116,12 +114,7 @@ def trials_needed(name: str, box: str, seed: int) -> int:
 def measure(studies: int, jobs: int) -> list[dict[str, Any]]:
     """A row for each table."""
     work = [(name, box, seed) for name in TABLES for box in BOXES for seed in range(studies)]
-    if jobs == 1:
-        counts = [trials_needed(*each) for each in work]
-    else:
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-            counts = list(pool.map(trials_needed, *zip(*work, strict=True)))
-    found = dict(zip(work, counts, strict=True))
+    found = dict(zip(work, in_processes(trials_needed, work, jobs), strict=True))
     return [row(name, {box: [found[name, box, seed] for seed in range(studies)] for box in BOXES}) for name in TABLES]
 
 
@@ -157,10 +150,7 @@ def missed_bars(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argument_parser(__doc__)
-    parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
-    options = parser.parse_args(argv)
+    options = studies_parser(__doc__, PRESETS).parse_args(argv)
     studies = PRESETS[options.preset]
     rows = measure(studies, options.jobs)
     print(f"median trials of {studies} studies to within {100 * WITHIN:g} points of the best known")

@@ -6,6 +6,7 @@ study's folder.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import subprocess
@@ -31,12 +32,16 @@ def frozen(plan: Plan, space: Space, trials: int, start: list[dict[str, float]],
     }
 
 
+PACKAGES = ("torch", "numpy", "optuna", "scipy", "scikit-learn")
+
+_installed = functools.cache(importlib.metadata.version)  # read from disk in milliseconds, and asked for by each cell
+
+
 def versions() -> dict[str, str]:
     """Versions that a number may depend on."""
     from gammaopt import __version__
 
-    packages = ("torch", "numpy", "optuna", "scipy", "scikit-learn")
-    found = {name: importlib.metadata.version(name) for name in packages}
+    found = {name: _installed(name) for name in PACKAGES}
     return {"gammaopt": __version__, "python": platform.python_version(), **found, "machine": platform.machine()}
 
 

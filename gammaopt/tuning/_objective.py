@@ -25,7 +25,7 @@ from gammaopt.online.record import Curve
 from gammaopt.tuning._budget import LAW_VERSION, Plan, RunBudget
 from gammaopt.tuning._space import OCTAVES, trainable_gammas
 
-PLATEAU_STEPS = 25.0  # T₁ of digits under cross-entropy, the longest measured: see online.tasks
+PLATEAU_STEPS = 25.0  # T₁, about that of digits under cross-entropy; parity waits longer: see online.tasks
 
 Objective = Callable[[Any], Any]
 

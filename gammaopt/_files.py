@@ -27,8 +27,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
-def write_for_user(path: Path, content: str | bytes) -> None:
-    """:func:`write_atomically`, where it is the user who can make it possible.
+def write_for_user(path: Path, content: str | bytes, fix: str = "make room, and run the same command to go on") -> None:
+    """:func:`write_atomically`, where it is the user who can make it possible: ``fix`` says how.
 
     Raises:
         UsageError: if it can't be written, e.g. on a full disk. What was there stays.
@@ -36,9 +36,7 @@ def write_for_user(path: Path, content: str | bytes) -> None:
     try:
         write_atomically(path, content)
     except OSError as error:
-        raise UsageError(
-            f"{path} can't be written ({error.strerror}); make room, and run the same command to go on"
-        ) from None
+        raise UsageError(f"{path} can't be written ({error.strerror}); {fix}") from None
 
 
 def _umask() -> int:

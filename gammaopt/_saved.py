@@ -175,7 +175,7 @@ def uncentred(model: nn.Module, saved: Mapping[str, Any]) -> list[str]:
     if any(not parameter.requires_grad and name not in saved for name, parameter in model.named_parameters()):
         return []  # of an adapter alone: what it is added to is frozen, here as where it was saved
     _distributed.follow_sharding(model, reference)
-    if not all(_alike(*pair) for pair in zip(model.parameters(), reference.parameters(), strict=False)):
+    if not all(_at_start(*pair) for pair in zip(model.parameters(), reference.parameters(), strict=False)):
         return []
     return [
         "the checkpoint has no θ₀, so f stays centred on this model's own start and is not 0 at what was loaded; "
@@ -183,7 +183,7 @@ def uncentred(model: nn.Module, saved: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _alike(parameter: Tensor, start: Tensor) -> bool:
+def _at_start(parameter: Tensor, start: Tensor) -> bool:
     """Whether a parameter stands at its start, and can be compared with it at all."""
     if parameter.is_meta or start.is_meta:
         return False

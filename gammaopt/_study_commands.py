@@ -93,13 +93,9 @@ def _write_report(result: TuneResult, out: Path) -> None:
 
 
 def _written(path: Path, text: str) -> None:
-    from gammaopt._errors import UsageError
-    from gammaopt._files import write_atomically
+    from gammaopt._files import write_for_user
 
-    try:
-        write_atomically(path, text)
-    except OSError as error:
-        raise UsageError(f"{path} can't be written ({error.strerror}); give another --out") from None
+    write_for_user(path, text, "give another --out")
 
 
 def confirm(

@@ -144,12 +144,10 @@ def _draw_plane(
     from matplotlib.collections import PolyCollection
 
     grid, law = portrait.grid, portrait.law
-    x, c = _corners(sorted(grid.gammas)), _corners(sorted(grid.rates))
+    x, c = _corners(grid.gammas), _corners(grid.rates)
     scale = np.array([law.factor(gamma) for gamma in x]) if grid.unit == "law" else np.ones(len(x))
     eta = scale[:, None] * c[None, :]
     gammas = np.broadcast_to(x[:, None], eta.shape)
-    order = np.ix_(np.argsort(grid.gammas), np.argsort(grid.rates))
-    values, dead = values[order], dead[order]
     mesh = axes.pcolormesh(
         gammas, eta, np.ma.masked_invalid(values), cmap=colours, vmin=span[0], vmax=span[1], rasterized=True
     )

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format clean
+.PHONY: help demo test test-slow check experiments format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,17 @@ check: $(VENV)/.test  ## lint, format check, types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# In the order of the gallery. A stopped one goes on: finished cells are kept in runs/experiments.
+EXPERIMENTS := phase_portrait loss_curves accuracy_vs_gamma hessian_spectrum catapult_silent_alignment agreement \
+	linear_toy width_transfer depth architectures knee residual tuned_vs_one
+PRESET ?= cpu
+
+experiments: $(VENV)/.test  ## measure the paper's claims again and rebuild experiments/README.md (PRESET=cpu, gpu)
+	@for name in $(EXPERIMENTS); do \
+		echo "== $$name"; $(BIN)/python experiments/$$name.py --preset $(PRESET) || exit 1; \
+	done
+	$(BIN)/python experiments/gallery.py
 
 format: $(VENV)/.test  ## format and mend what ruff can
 	$(BIN)/ruff check --fix

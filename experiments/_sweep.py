@@ -1,4 +1,4 @@
-"""What experiments share: training a grid of runs on all cores, finding the best rate, and writing a result."""
+"""What sweeps share: runs on all cores that a kill does not lose, the best rate and the stable edge, and slopes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 import multiprocessing
 import os
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -55,19 +55,44 @@ class EdgeJob(NamedTuple):
 STEP = 0.4  # decades: first down from the top, then by halves
 
 
-def run_all(jobs: Iterable[Job], cores: int | None = None) -> list[RunRecord]:
-    """Train the jobs, one thread each, on ``cores`` processes (all there are if ``None``); records in jobs' order."""
-    return on_all_cores(_run, list(jobs), cores)
+def run_all(jobs: Mapping[str, Job], kept: Path, cores: int | None = None) -> dict[str, RunRecord]:
+    """Train the named jobs, one thread each, on ``cores`` processes (all if ``None``); see :func:`resumed`."""
+    done = resumed(_run, jobs, kept, cores)
+    return {name: RunRecord.from_dict(json.loads(line)) for name, line in done.items()}
 
 
-def stable_edges(
-    jobs: Iterable[EdgeJob], cores: int | None = None, on_done: Callable[[int, float], object] | None = None
-) -> list[float]:
-    """log₁₀ η of each job's stable edge; see :func:`stable_edge`.
+def stable_edges(jobs: Mapping[str, EdgeJob], kept: Path, cores: int | None = None) -> dict[str, float]:
+    """log₁₀ η of each named job's stable edge; see :func:`stable_edge` and :func:`resumed`."""
+    return resumed(stable_edge, jobs, kept, cores)
 
-    ``on_done`` is called with a job's number and its edge as soon as that is known, in any order.
+
+def resumed(
+    function: Callable[[Task], Result], tasks: Mapping[str, Task], kept: Path, cores: int | None
+) -> dict[str, Result]:
+    """``function`` of each named task; what the JSON-lines file ``kept`` has of them is not computed again.
+
+    A name must hold all that a result depends on, or the file's own name must. Results are JSON values. A last line
+    that was cut off by a kill counts as none.
     """
-    return on_all_cores(stable_edge, list(jobs), cores, on_done)
+    found: dict[str, Result] = {}
+    for line in kept.read_text(encoding="utf-8").splitlines() if kept.exists() else ():
+        try:
+            name, result = json.loads(line)
+        except ValueError:
+            continue
+        found[name] = result
+    missing = [name for name in tasks if name not in found]
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with open(kept, "a", encoding="utf-8") as file:
+        file.write("\n" if found else "")  # after a line that may have been cut off
+
+        def keep(number: int, result: Result) -> None:
+            file.write(json.dumps([missing[number], result]) + "\n")
+            file.flush()
+
+        fresh = on_all_cores(function, [tasks[name] for name in missing], cores, keep)
+    found.update(zip(missing, fresh, strict=True))
+    return {name: found[name] for name in tasks}
 
 
 def on_all_cores(
@@ -103,8 +128,8 @@ def on_all_cores(
     return [results[number] for number in range(len(tasks))]
 
 
-def _run(job: Job) -> RunRecord:
-    return train(job.recipe, gamma=job.gamma, lr=job.lr, seed=job.seed)
+def _run(job: Job) -> str:
+    return train(job.recipe, gamma=job.gamma, lr=job.lr, seed=job.seed).to_json()
 
 
 def stable_edge(job: EdgeJob) -> float:
@@ -170,14 +195,20 @@ def best_rate(log10_rates: Sequence[float], scores: Sequence[float]) -> float:
 
 
 def best_rates(
-    recipe: Recipe, gammas: Sequence[float], grid: Sequence[float], seeds: int, cores: int | None = None
+    recipe: Recipe, gammas: Sequence[float], grid: Sequence[float], seeds: int, kept: Path, cores: int | None = None
 ) -> list[float]:
     """log₁₀ c of the best rate at each γ, c = η/s(γ): all runs of ``recipe`` over γ, the grid and seeds."""
-    cells = [(gamma, c, seed) for gamma in gammas for c in grid for seed in range(seeds)]
-    records = run_all((Job(recipe, gamma, 10**c, seed) for gamma, c, seed in cells), cores)
-    of = dict(zip(cells, records, strict=True))
+
+    def name(gamma: float, c: float, seed: int) -> str:
+        return f"{gamma:g} {c:.4f} {seed}"
+
+    jobs = {
+        name(gamma, c, seed): Job(recipe, gamma, 10**c, seed) for gamma in gammas for c in grid for seed in range(seeds)
+    }
+    of = run_all(jobs, kept, cores)
     return [
-        best_rate(grid, [mean_score(of[gamma, c, seed] for seed in range(seeds)) for c in grid]) for gamma in gammas
+        best_rate(grid, [mean_score(of[name(gamma, c, seed)] for seed in range(seeds)) for c in grid])
+        for gamma in gammas
     ]
 
 

@@ -7,9 +7,9 @@ At each γ the largest rate that trains is found by bisection: it ends with less
 exponent is the slope of its logarithm in log γ, with a 95 % interval over γ and seeds. L_eff is what
 gammaopt.effective_depth measures at initialisation. The CNN is homogeneous, so there theory speaks: 2/L_eff = 2/depth.
 A normalised network is not, and its row says how far the law goes with the L_eff that ``wrap`` measures. Edges are kept
-in PRESET.edges.jsonl until all are there, so a killed run goes on.
+in --work, so a killed run goes on.
 The slopes between neighbouring γ are told too: a power law has the same everywhere.
-Writes results/architectures/PRESET.json and .png and prints predicted | measured | interval | slopes | holds.
+Writes results/architectures/PRESET.json and .png and prints predicted | measured | interval | holds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _sweep import EdgeJob, parser, slope, stable_edges, write
+from _experiment import Claim, Found, Place, near, run
+from _sweep import EdgeJob, slope, stable_edges
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 from torch import nn
@@ -57,7 +58,6 @@ class Preset:
     gammas: tuple[float, ...] = (1.0, 30.0, 1000.0)
     tolerance: float = 0.1  # decades
     learned: float = 0.88  # of the loss of f = 0; the best constant answer to ten classes has 0.9
-    cores: int | None = None
 
 
 PRESETS = {
@@ -66,7 +66,6 @@ PRESETS = {
         gammas=(1.0, 10.0, 30.0),
         tolerance=0.4,
         learned=1.0,  # a few steps tell nothing but a divergence
-        cores=1,
     ),
     "cpu": Preset(
         cases=(
@@ -75,46 +74,43 @@ PRESETS = {
             Case("ResNet-18", "resnet18", (("width", 4), ("depth", 2)), (-1.0, 2.0), 150, 16, True, seeds=1),
         ),
     ),
+    "gpu": Preset(
+        cases=(
+            Case("CNN", "cnn", (("width", 64), ("depth", 4)), (-1.5, 1.5), 2000, 64, False, seeds=3),
+            Case("ViT", "vit", (("width", 128), ("depth", 4), ("patch", 4)), (-1.5, 1.5), 2000, 64, True, seeds=3),
+            Case("ResNet-18", "resnet18", (("width", 32), ("depth", 2)), (-1.5, 2.0), 1000, 64, True, seeds=3),
+        ),
+        gammas=(1.0, 10.0, 100.0, 1000.0),
+    ),
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, "architectures", PRESETS).parse_args(arguments)
-    preset = PRESETS[options.preset]
-    kept = options.results / f"{options.preset}.edges.jsonl"
-    rows = measure(preset, kept)
-    path = write(options.results, options.preset, {"rows": rows})
-    kept.unlink()
-    picture(rows).savefig(path.with_suffix(".png"), dpi=110)
-    print("| network | theory | L_eff | predicted | measured | interval (95 %) | slopes | holds |\n" + "|---" * 8 + "|")
-    for row in rows:
-        low, high = row["interval"]
-        print(
-            f"| {row['network']} | {'none' if row['normalised'] else 'homogeneous'} | {row['depth']:.2f} "
-            f"| {row['predicted']:.2f} ± {TOLERANCE:g} | {row['measured']:.2f} | {low:.2f} … {high:.2f} "
-            f"| {', '.join(f'{part:.2f}' for part in row['slopes'])} | {'yes' if row['holds'] else 'no'} |"
-        )
-
-
-def measure(preset: Preset, kept: Path) -> list[dict[str, Any]]:
+def measure(preset: Preset, place: Place) -> Found:
     """Effective depths, stable edges over γ and seeds, and their slopes: one row for each network."""
+    rows = measure_rows(preset, place)
+    claims: list[Claim] = []
+    for found in rows:
+        theory = "no theory: normalised" if found["normalised"] else "homogeneous"
+        what = f"stable edge, {found['network']}, L_eff = {found['depth']:.2f} ({theory})"
+        why = f"slopes {', '.join(f'{part:.2f}' for part in found['slopes'])} between neighbouring γ: no power law"
+        claims.append(near(what, found["predicted"], TOLERANCE, found["measured"], tuple(found["interval"]), why))
+    told = ", ".join(f"{found['network']} γ^{found['measured']:.2f} (γ^{found['predicted']:.2f})" for found in rows)
+    meaning = (
+        f"The largest rate that trains the paper's architectures, measured and in brackets as 2/L_eff says: {told}."
+    )
+    return Found(claims, meaning, picture(rows), {"rows": rows})
+
+
+def measure_rows(preset: Preset, place: Place) -> list[dict[str, Any]]:
+    """The rows of the result."""
     depths = {case: mean_depth(case) for case in preset.cases}
     jobs = {
-        name_of(case, gamma, seed): edge_job(preset, case, depths[case], gamma, seed)
+        name_of(case, gamma, seed): edge_job(preset, place, case, depths[case], gamma, seed)
         for case in preset.cases
         for seed in range(case.seeds)
         for gamma in preset.gammas
     }
-    missing = [name for name in jobs if name not in read(kept)]
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with open(kept, "a", encoding="utf-8") as file:
-
-        def keep(number: int, edge: float) -> None:
-            file.write(json.dumps([missing[number], edge]) + "\n")
-            file.flush()
-
-        stable_edges([jobs[name] for name in missing], preset.cores, keep)
-    edges = read(kept)
+    edges = stable_edges(jobs, place.file("edges.jsonl", preset), place.cores)
     rows = []
     for case in preset.cases:
         found = [[edges[name_of(case, gamma, s)] for s in range(case.seeds)] for gamma in preset.gammas]
@@ -127,23 +123,11 @@ def name_of(case: Case, gamma: float, seed: int) -> str:
     return json.dumps([case.model, case.knobs, case.rates, case.steps, case.batch_size, gamma, seed])
 
 
-def edge_job(preset: Preset, case: Case, depth: float, gamma: float, seed: int) -> EdgeJob:
+def edge_job(preset: Preset, place: Place, case: Case, depth: float, gamma: float, seed: int) -> EdgeJob:
     """The search for one edge."""
     build = partial(build_model, case.model, STREAM.shape, STREAM.classes, **dict(case.knobs))
-    recipe = Recipe(build, STREAM, "mse", "sgd", case.steps, case.batch_size, depth=depth)
+    recipe = Recipe(build, STREAM, "mse", "sgd", case.steps, case.batch_size, depth=depth, device=place.device)
     return EdgeJob(recipe, gamma, seed, *case.rates, preset.learned, preset.tolerance)
-
-
-def read(kept: Path) -> dict[str, float]:
-    """The edges that are known; a last line that was cut off by a kill is none."""
-    edges = {}
-    for line in kept.read_text(encoding="utf-8").splitlines() if kept.exists() else ():
-        try:
-            name, edge = json.loads(line)
-        except ValueError:
-            continue
-        edges[name] = edge
-    return edges
 
 
 def mean_depth(case: Case) -> float:
@@ -208,6 +192,10 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
     return figure
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    return run("architectures", __doc__, PRESETS, measure, argv)
 
 
 if __name__ == "__main__":

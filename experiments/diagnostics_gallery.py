@@ -2,9 +2,9 @@
 
     python experiments/diagnostics_gallery.py --preset cpu
 
-An MLP in mean-field form learns a staircase of parities by gradient descent, as in experiments/regimes.py: one run at
-γ = 0.01 whose rate is large enough to catapult, one at γ = 1, and rich ones. Each panel is one function of
-``gammaopt.report``. Writes results/diagnostics_gallery/PRESET.png, PRESET-monitor.png and the numbers in PRESET.json.
+An MLP in mean-field form learns a staircase of parities by gradient descent (_descent.py): one run at γ = 0.01 whose
+rate is large enough to catapult, one at γ = 1, and rich ones. Each panel is one function of ``gammaopt.report``.
+Writes results/diagnostics_gallery/PRESET.png, PRESET-monitor.png and the numbers in PRESET.json.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from _descent import STREAM, Descent, descend
 from _sweep import parser, write
 from matplotlib.figure import Figure
-from regimes import PRESETS as SIZES
-from regimes import STREAM, Descent, descend
 from torch import Tensor
 
 from gammaopt.diagnostics import (
@@ -47,9 +46,10 @@ FULL = ("sharpness", "ntk", "features")
 
 @dataclass(frozen=True)
 class Preset:
-    """Which size of :mod:`regimes`, how many steps, and how many eigenvalues."""
+    """Width, samples, how many steps, and how many eigenvalues."""
 
-    size: str = "cpu"
+    width: int = 64
+    samples: int = 128
     steps: int = 400
     catapult_steps: int = 120
     k: int = 20
@@ -58,7 +58,7 @@ class Preset:
 
 
 PRESETS = {
-    "smoke": Preset(size="smoke", steps=150, catapult_steps=60, k=6, probes=1, rich=(100.0, 300.0)),
+    "smoke": Preset(width=32, samples=64, steps=150, catapult_steps=60, k=6, probes=1, rich=(100.0, 300.0)),
     "cpu": Preset(),
 }
 
@@ -78,12 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def watch(preset: Preset, gamma: float, rate: float, steps: int, seed: int = 0) -> Monitor:
     """One run with a monitor along it."""
-    return descend(Descent(SIZES[preset.size], gamma, rate, seed, steps=steps, measures=FULL))
+    return descend(Descent(preset.width, preset.samples, gamma, rate, seed, steps=steps, measures=FULL))
 
 
 def samples(preset: Preset) -> tuple[Tensor, Tensor]:
     """What the runs trained on."""
-    x, y = STREAM.batches(0, 0, 1, SIZES[preset.size].samples)
+    x, y = STREAM.batches(0, 0, 1, preset.samples)
     return x[0].double(), y[0].double()
 
 

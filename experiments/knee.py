@@ -5,7 +5,8 @@
 3-layer ReLU MLP with weights N(0, 1/fan_in), no re-initialisation (as_is), SGD, MSE, one pass. At each γ the largest
 rate that trains is found by bisection, under a law that is told nothing of the knee. The bend is where the two-segment
 line with slopes 2 and 2/L, fitted to log edge against log γ, changes its slope. Predicted: gammaopt.knee, within half a
-decade. Writes results/knee/PRESET.json and .png beside this file and prints predicted | measured | ratio | holds.
+decade. Writes results/knee/PRESET.json and .png and prints predicted | measured | interval
+| holds; the interval is ± 2 standard errors of the jackknife over γ.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
-from _sweep import EdgeJob, even, parser, stable_edges, write
+from _experiment import Claim, Found, Place, run
+from _sweep import EdgeJob, even, stable_edges
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -40,26 +44,15 @@ class Preset:
     rates: tuple[float, float] = (-3.0, 1.6)
     seeds: int = 1
     steps: int = 300
-    cores: int | None = None
 
 
 PRESETS = {
-    "smoke": Preset(cases=(("digits", 32),), gammas=(1.0, 10.0, 100.0), rates=(-1.5, 1.2), steps=100, cores=1),
+    "smoke": Preset(cases=(("digits", 32),), gammas=(1.0, 10.0, 100.0), rates=(-1.5, 1.2), steps=100),
     "cpu": Preset(),
+    "gpu": Preset(
+        cases=tuple((task, width) for task in ("digits", "staircase") for width in (64, 256, 1024)), seeds=4, steps=1000
+    ),
 }
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, "knee", PRESETS).parse_args(arguments)
-    rows = measure(PRESETS[options.preset])
-    path = write(options.results, options.preset, {"rows": rows})
-    picture(rows).savefig(path.with_suffix(".png"), dpi=110)
-    print("| task | width | predicted γ_c | measured | measured / predicted | holds |\n" + "|---" * 6 + "|")
-    for row in rows:
-        print(
-            f"| {row['task']} | {row['width']} | {row['predicted']:.1f} | {row['measured']:.1f} "
-            f"| {row['measured'] / row['predicted']:.2f} | {'yes' if row['holds'] else 'no'} |"
-        )
 
 
 def standard(inputs: int, outputs: int, width: int) -> MLP:
@@ -70,16 +63,47 @@ def standard(inputs: int, outputs: int, width: int) -> MLP:
     return net
 
 
-def measure(preset: Preset) -> list[dict[str, Any]]:
-    """Stable edges over γ, their bend and the predicted knee, one row for each task and width."""
-    cells = [(case, gamma, seed) for case in preset.cases for gamma in preset.gammas for seed in range(preset.seeds)]
-    jobs = (EdgeJob(recipe(preset, *case), gamma, seed, *preset.rates) for case, gamma, seed in cells)
-    of = dict(zip(cells, stable_edges(jobs, preset.cores), strict=True))
+def measure(preset: Preset, place: Place) -> Found:
+    """One row for each task and width."""
+    rows = measure_rows(preset, place)
+    claims = [
+        Claim(
+            f"bend over knee, {row['task']}, width {row['width']} (knee {row['predicted']:.1f})",
+            f"{10**-TOLERANCE:.2f} … {10**TOLERANCE:.2f}", row["measured"] / row["predicted"],
+            (row["low"] / row["predicted"], row["high"] / row["predicted"]), row["holds"],
+        )
+        for row in rows
+    ]  # fmt: skip
+    off = max(abs(math.log10(row["measured"] / row["predicted"])) for row in rows)
+    meaning = (
+        f"Outside mean-field form lazy turns rich where gammaopt.knee says, from one batch, within a factor of "
+        f"{10**off:.1f}: not at γ = 1, but at γ ≈ {min(row['predicted'] for row in rows):.0f} to "
+        f"{max(row['predicted'] for row in rows):.0f}."
+    )
+    return Found(claims, meaning, picture(rows), {"rows": rows})
+
+
+def measure_rows(preset: Preset, place: Place) -> list[dict[str, Any]]:
+    """Stable edges over γ, their bend and the predicted knee."""
+
+    def name(case: tuple[str, int], gamma: float, seed: int) -> str:
+        return f"{case[0]} {case[1]} {gamma:g} {seed}"
+
+    jobs = {
+        name(case, gamma, seed): EdgeJob(recipe(preset, place, *case), gamma, seed, *preset.rates)
+        for case in preset.cases
+        for gamma in preset.gammas
+        for seed in range(preset.seeds)
+    }
+    of = stable_edges(jobs, place.file("edges.jsonl", preset), place.cores)
     rows = []
     for case in preset.cases:
-        edges = [sum(of[case, gamma, s] for s in range(preset.seeds)) / preset.seeds for gamma in preset.gammas]
-        predicted = predict(preset, *case)
-        level, bent = bend([math.log10(gamma) for gamma in preset.gammas], edges)
+        edges = [fmean(of[name(case, gamma, s)] for s in range(preset.seeds)) for gamma in preset.gammas]
+        predicted = predict(preset, place, *case)
+        logs = [math.log10(gamma) for gamma in preset.gammas]
+        level, bent = bend(logs, edges)
+        without = [bend(logs[:i] + logs[i + 1 :], edges[:i] + edges[i + 1 :])[1] for i in range(len(logs))]
+        error = math.sqrt((len(logs) - 1) * np.var(without))  # the jackknife's
         rows.append(
             {
                 "task": case[0],
@@ -89,25 +113,37 @@ def measure(preset: Preset) -> list[dict[str, Any]]:
                 "log10_edge_at_bend": round(level, 3),
                 "predicted": round(predicted, 3),
                 "measured": round(10**bent, 3),
+                "low": round(10 ** (bent - 2 * error), 3),
+                "high": round(10 ** (bent + 2 * error), 3),
                 "holds": abs(bent - math.log10(predicted)) <= TOLERANCE,
             }
         )
     return rows
 
 
-def recipe(preset: Preset, task: str, width: int) -> Recipe:
+def recipe(preset: Preset, place: Place, task: str, width: int) -> Recipe:
     stream = STREAMS[task]
     build = partial(standard, math.prod(stream.shape), stream.classes or 1, width)
-    return Recipe(build, stream, "mse", "sgd", preset.steps, parametrization="as_is", depth=float(DEPTH), knee=1.0)
+    return Recipe(
+        build,
+        stream,
+        "mse",
+        "sgd",
+        preset.steps,
+        parametrization="as_is",
+        depth=float(DEPTH),
+        knee=1.0,
+        device=place.device,
+    )
 
 
-def predict(preset: Preset, task: str, width: int) -> float:
+def predict(preset: Preset, place: Place, task: str, width: int) -> float:
     """Geometric mean of gammaopt.knee over the runs' networks, on 256 samples."""
     logs = []
     for seed in range(preset.seeds):
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            net = recipe(preset, task, width).build()
+            net = recipe(preset, place, task, width).build()
         logs.append(math.log(gammaopt.knee(net, STREAMS[task].batches(seed, 0, 1, 256)[0][0])))
     return math.exp(sum(logs) / len(logs))
 
@@ -148,6 +184,10 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
         axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     panels[0].set_ylabel("largest rate that trains")
     return figure
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    return run("knee", __doc__, PRESETS, measure, argv)
 
 
 if __name__ == "__main__":

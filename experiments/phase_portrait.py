@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from _sweep import parser, write
+from _experiment import Claim, Found, Place, near, run
 from numpy.typing import NDArray
 from scipy.stats import t
 
@@ -57,24 +57,6 @@ class Case:
         return f"{self.optimizer}-{self.loss}-L{self.depth}-{max(self.budgets)}"
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What is predicted, what was measured with its 95 % interval (``low`` … ``high``), and whether it holds."""
-
-    case: str
-    what: str
-    predicted: float
-    measured: float
-    low: float
-    high: float
-    tolerance: float
-
-    @property
-    def holds(self) -> bool:
-        """Within the tolerance of the prediction."""
-        return abs(self.measured - self.predicted) <= self.tolerance
-
-
 SGD = Case("sgd", "mse", 2, (0.01, 1000.0, 11), (1.5, 300.0, 24), seeds=4)
 ADAM = Case("adam", "mse", 3, (1.0, 1000.0, 7), (0.03, 30.0, 19))
 LOWER = Case("sgd", "mse", 3, (1.0, 100.0, 5), (0.02, 60.0, 22), (100, 300, 1000))
@@ -98,29 +80,30 @@ PRESETS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    options_parser = parser(__doc__, "phase_portrait", PRESETS)
-    options_parser.add_argument(
-        "--work", type=Path, default=Path("runs") / "phase_portrait", help="where cells are kept"
-    )
-    options = options_parser.parse_args(argv)
-    cases = PRESETS[options.preset]
-    device = "cuda" if options.preset == "gpu" else "cpu"
-    portraits = {case: draw(case, options.work / options.preset / case.name, device) for case in cases}
+def measure(preset: Sequence[Case], place: Place) -> Found:
+    """All portraits, and what each can decide."""
+    portraits = {case: draw(case, place) for case in preset}
     claims = [claim for case, made in portraits.items() for claim in examine(case, made)]
-    rows = [{**asdict(claim), "holds": claim.holds} for claim in claims]
-    path = write(options.results, options.preset, {"rows": rows})
     shown = next((made for case, made in portraits.items() if case.depth == 3), next(iter(portraits.values())))
-    draw_portrait(shown).savefig(path.with_suffix(".png"), dpi=110)
-    print("| case | what | predicted | measured | 95 % interval | holds |\n|---|---|---|---|---|---|")
-    for claim in claims:
-        print(
-            f"| {claim.case} | {claim.what} | {claim.predicted:.2f} ± {claim.tolerance:g} | {claim.measured:.2f} "
-            f"| {claim.low:.2f} … {claim.high:.2f} | {'yes' if claim.holds else 'no'} |"
-        )
+    edges = [
+        f"γ^{claim.measured:.2f} at L = {case.depth}"
+        for case, made in portraits.items()
+        if (case.optimizer, case.loss) == ("sgd", "mse") and len(case.budgets) == 1
+        for claim in examine(case, made)
+        if claim.what.startswith("edge exponent")
+    ]
+    meaning = (
+        f"The largest rate that trains follows {', '.join(edges)} under SGD and MSE, predicted γ^(2/L): every γ has "
+        "its own learning rate, and the law knows it."
+    )
+    return Found(claims, meaning, draw_portrait(shown))
 
 
-def draw(case: Case, folder: Path, device: str = "cpu") -> Portrait:
+def main(argv: Sequence[str] | None = None) -> Path:
+    return run("phase_portrait", __doc__, PRESETS, measure, argv)
+
+
+def draw(case: Case, place: Place) -> Portrait:
     """Train the case's cells."""
     recipe = Recipe(
         partial(MLP, 144, 10, width=64, depth=case.depth),
@@ -129,10 +112,10 @@ def draw(case: Case, folder: Path, device: str = "cpu") -> Portrait:
         case.optimizer,  # type: ignore[arg-type]
         max(case.budgets),
         depth=float(case.depth),
-        device=device,
+        device=place.device,
         dtype=torch.float64,
     )
-    return portrait(recipe, Grid.log(case.gammas, case.rates, case.seeds), folder, budgets=case.budgets)
+    return portrait(recipe, Grid.log(case.gammas, case.rates, case.seeds), place.work / case.name, budgets=case.budgets)
 
 
 def examine(case: Case, made: Portrait) -> list[Claim]:
@@ -159,7 +142,7 @@ def spread_of_best_rate(case: Case, made: Portrait, lowest: float) -> Claim:
         logs[gammas.index(p.gamma), seeds.index(p.seed)] = math.log10(p.lr / made.law.factor(p.gamma))
     stray, low, high = off_the_law(logs, max(p.reach for p in points) / math.log(10))
     what = f"best rate off the law, decades, γ ≥ {lowest:g} ({len(gammas)} γ)"
-    return Claim(case.name, what, 0.0, stray, low, high, 0.25)
+    return near(f"{what}; {case.name}", 0.0, 0.25, stray, (low, high))
 
 
 def off_the_law(logs: NDArray[np.float64], reach: float) -> tuple[float, float, float]:
@@ -209,7 +192,7 @@ def edge_exponent(case: Case, made: Portrait, what: str, predicted: float, toler
     measured, interval = (slopes.rich, slopes.rich_interval) if rich else (slopes.lazy, slopes.lazy_interval)
     if measured is None or interval is None:
         raise ValueError(f"{case.name}: too few γ have their stable edge inside the rates; widen the grid")
-    return Claim(case.name, what, predicted, measured, *interval, tolerance)
+    return near(f"{what}; {case.name}", predicted, tolerance, measured, interval)
 
 
 def lower_edge(case: Case, made: Portrait) -> list[Claim]:
@@ -225,8 +208,14 @@ def lower_edge(case: Case, made: Portrait) -> list[Claim]:
     ]
     in_budget = common_slope([line for line in lines if len(line) > 1], reach)
     return [
-        Claim(case.name, f"lower edge in γ ({len(longest)} γ)", 1.0, *in_gamma, 0.2),
-        Claim(case.name, f"lower edge in the budget ({len(case.budgets)} budgets)", -1.0, *in_budget, 0.2),
+        near(f"lower edge in γ ({len(longest)} γ); {case.name}", 1.0, 0.2, in_gamma[0], in_gamma[1:]),
+        near(
+            f"lower edge in the budget ({len(case.budgets)} budgets); {case.name}",
+            -1.0,
+            0.2,
+            in_budget[0],
+            in_budget[1:],
+        ),
     ]
 
 

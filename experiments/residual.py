@@ -5,7 +5,7 @@
 Its depth is no number of layers: the last normalisation undoes the scale of all before it, so that L_eff, measured by
 gammaopt.effective_depth, is about 2 however many blocks there are. Augmented digits, MSE, mean-field form, one pass.
 For each γ the best rate is the vertex of a parabola through log held-out loss on a grid of rates.
-Writes results/residual/PRESET.json and .png beside this file and prints predicted | measured | standard error | holds.
+Writes results/residual/PRESET.json and .png beside this file and prints predicted | measured | interval | holds.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from _sweep import best_rates, even, parser, slope, write
+from _experiment import Found, Place, near, run
+from _sweep import best_rates, even, slope
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -37,12 +39,12 @@ class Preset:
     rates: tuple[float, float, int] = (-0.8, 1.2, 11)
     seeds: int = 4
     steps: int = 300
-    cores: int | None = None
 
 
 PRESETS = {
-    "smoke": Preset(blocks=(1,), width=16, gammas=(1.0, 30.0), rates=(-0.5, 1.0, 4), seeds=1, steps=60, cores=1),
+    "smoke": Preset(blocks=(1,), width=16, gammas=(1.0, 30.0), rates=(-0.5, 1.0, 4), seeds=1, steps=60),
     "cpu": Preset(),
+    "gpu": Preset(blocks=(2, 6), width=256, seeds=8, steps=1000),
 }
 
 
@@ -65,26 +67,31 @@ def network(blocks: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(144, width), *body, nn.LayerNorm(width), nn.Linear(width, 10))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, "residual", PRESETS).parse_args(arguments)
-    preset = PRESETS[options.preset]
-    rows = [measure(preset, blocks) for blocks in preset.blocks]
-    path = write(options.results, options.preset, {"rows": rows})
-    picture(rows).savefig(path.with_suffix(".png"), dpi=110)
-    print("| blocks | L_eff | predicted | measured | standard error | holds |\n" + "|---" * 6 + "|")
-    for row in rows:
-        print(
-            f"| {row['blocks']} | {row['depth']:.2f} | {row['predicted']:.3f} | {row['measured']:.3f} "
-            f"| {row['error']:.3f} | {'yes' if row['holds'] else 'no'} |"
+def measure(preset: Preset, place: Place) -> Found:
+    """One row for each number of blocks."""
+    rows = [row(preset, place, blocks) for blocks in preset.blocks]
+    claims = [
+        near(
+            f"best rate, {row['blocks']} blocks, L_eff = {row['depth']:.2f}", row["predicted"], TOLERANCE,
+            row["measured"], (row["measured"] - 2 * row["error"], row["measured"] + 2 * row["error"]),
         )
+        for row in rows
+    ]  # fmt: skip
+    meaning = (
+        f"A normalised residual network's depth is its effective one: {2 * rows[0]['blocks'] + 2} weight layers deep, "
+        f"its best rate follows γ^{rows[0]['measured']:.2f}; predicted γ^{rows[0]['predicted']:.2f}."
+    )
+    return Found(claims, meaning, picture(rows), {"rows": rows})
 
 
-def measure(preset: Preset, blocks: int) -> dict[str, Any]:
+def row(preset: Preset, place: Place, blocks: int) -> dict[str, Any]:
     """Effective depth, best rates over γ and their slope, for one number of blocks."""
     build = partial(network, blocks, preset.width)
     depth = sum(measured_depth(build(), seed) for seed in range(preset.seeds)) / preset.seeds
-    recipe = Recipe(build, Digits(), "mse", "sgd", preset.steps, depth=depth)
-    logs = best_rates(recipe, preset.gammas, even(*preset.rates), preset.seeds, preset.cores)
+    recipe = Recipe(build, Digits(), "mse", "sgd", preset.steps, depth=depth, device=place.device)
+    logs = best_rates(
+        recipe, preset.gammas, even(*preset.rates), preset.seeds, place.file(f"{blocks}.jsonl", preset), place.cores
+    )
     law = EtaLaw(depth)
     best = [c + math.log10(law.factor(gamma)) for c, gamma in zip(logs, preset.gammas, strict=True)]
     measured, error = slope([math.log10(gamma) for gamma in preset.gammas], best)
@@ -96,7 +103,6 @@ def measure(preset: Preset, blocks: int) -> dict[str, Any]:
         "predicted": law.rich,
         "measured": round(measured, 4),
         "error": round(error, 4),
-        "holds": abs(measured - law.rich) <= TOLERANCE,
     }
 
 
@@ -127,6 +133,10 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
     return figure
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    return run("residual", __doc__, PRESETS, measure, argv)
 
 
 if __name__ == "__main__":

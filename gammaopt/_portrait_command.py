@@ -51,8 +51,8 @@ def draw(
     rates: tuple[float, float, int] | None,
     unit: str,
     seeds: int,
-    width: int,
-    depth: int,
+    width: int | None,
+    depth: int | None,
     out: Path | None,
     device: str,
     on_progress: Callable[[Progress], object],
@@ -65,7 +65,7 @@ def draw(
         at_least("steps", budget, 1)
     if len(set(budgets)) < len(budgets):
         raise UsageError(f"steps={sorted(budgets)} has a budget twice; give each once")
-    at_least("width", width, 1), at_least("depth", depth, 1)
+    width, depth = chosen.size(width, depth)
     check_device(device)
     one_of("unit", unit, get_args(Unit))
     if rates is None:
@@ -81,7 +81,7 @@ def draw(
         cast("OptimizerName", optimizer),
         steps=max(budgets),
         batch_size=chosen.batch_size,
-        depth=float(depth),
+        depth=chosen.effective_depth(width, depth),
         device=device,
     )
     # Grids and budgets share a folder, for they share their runs; what makes other runs is in its name.

@@ -159,8 +159,10 @@ def portrait(
     ] = None,
     unit: Annotated[str, typer.Option(help="law: rates are c in η = c·s(γ); eta: they are η.")] = "law",
     seeds: Annotated[int, typer.Option(help="Seeds at which every cell is trained.")] = 1,
-    width: Annotated[int, typer.Option(help="Of the hidden layers.")] = 64,
-    depth: Annotated[int, typer.Option(help="Weight layers L.")] = 3,
+    width: Annotated[int | None, typer.Option(help="Of the hidden layers.", show_default="the task's")] = None,
+    depth: Annotated[
+        int | None, typer.Option(help="Weight layers L, or blocks of a ViT or ResNet.", show_default="the task's")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder.", show_default="runs/portrait-TASK-…")] = None,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, …")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print the exponents as JSON on stdout.")] = False,

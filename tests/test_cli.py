@@ -274,7 +274,10 @@ def test_portrait_prints_exponents_and_leaves_data_and_a_picture(here: Callable[
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["portrait", "didgits"], "unknown task 'didgits'; choose one of: digits, parity"),
+        (
+            ["portrait", "didgits"],
+            "unknown task 'didgits'; choose one of: digits, parity, hermite, photos-cnn, photos-vit, photos-resnet18",
+        ),
         (["portrait", "digits", "--steps", 0], "steps=0 is too small; give at least 1"),
         (["portrait", "digits", "--steps", 5, "--steps", 5], "steps=[5, 5] has a budget twice; give each once"),
         (["portrait", "digits", "--seeds", 0], "seeds=0 is too small; give at least 1"),

@@ -7,7 +7,7 @@ import math
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import architectures
 import depth
@@ -17,7 +17,8 @@ import phase_portrait
 import pytest
 import residual
 import width_transfer
-from _sweep import EdgeJob, slope, stable_edge, stable_edges
+from _experiment import Place
+from _sweep import EdgeJob, slope, stable_edge
 from scipy.stats import linregress
 
 from gammaopt import EtaLaw
@@ -38,23 +39,8 @@ def test_stable_edge_follows_the_law_over_three_decades(
     assert measured == pytest.approx(EtaLaw(layers, optimizer).rich, abs=0.1)
 
 
-@pytest.mark.parametrize("experiment", [depth, knee, residual, width_transfer], ids=lambda module: module.__name__)
-def test_smoke_preset_runs_and_leaves_its_result(
-    experiment: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    experiment.main(["--preset", "smoke", "--results", str(tmp_path)])
-    rows = json.loads((tmp_path / "smoke.json").read_text(encoding="utf-8"))["rows"]
-    assert all(math.isfinite(row["measured"]) for row in rows)
-    assert (tmp_path / "smoke.png").stat().st_size > 5_000
-    head, rule, *lines = capsys.readouterr().out.splitlines()
-    assert "predicted" in head
-    assert "measured" in head
-    assert head.count("|") == rule.count("|")
-    assert len(lines) == len(rows) > 0
-
-
 def test_smoke_preset_of_architectures_goes_on_from_the_edges_that_are_there(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("skimage")
     preset = architectures.PRESETS["smoke"]
@@ -63,28 +49,32 @@ def test_smoke_preset_of_architectures_goes_on_from_the_edges_that_are_there(
     law, lines = EtaLaw(3), []
     for gamma in preset.gammas[1:]:
         lines.append(json.dumps([architectures.name_of(case, gamma, 0), math.log10(law.factor(gamma))]))
-    (tmp_path / "smoke.edges.jsonl").write_text("\n".join([*lines, '["CNN", 1.']) + "\n", encoding="utf-8")
+    kept = Place(tmp_path / "work" / "smoke").file("edges.jsonl", preset)
+    kept.parent.mkdir(parents=True)
+    kept.write_text("\n".join([*lines, '["CNN", 1.']), encoding="utf-8")
     searched: list[float] = []
-    search = stable_edges
 
-    def counted(jobs: list[EdgeJob], *rest: Any) -> list[float]:
-        searched.extend(job.gamma for job in jobs)
-        return search(jobs, *rest)
+    def counted(job: EdgeJob) -> float:
+        searched.append(job.gamma)
+        return stable_edge(job)
 
-    monkeypatch.setattr(architectures, "stable_edges", counted)
-    architectures.main(["--preset", "smoke", "--results", str(tmp_path)])
+    monkeypatch.setattr("_sweep.stable_edge", counted)
+    words = ["--preset", "smoke", "--cores", "1", "--results", str(tmp_path), "--work", str(tmp_path / "work")]
+    architectures.main(words)
     assert searched == [1.0]
-    (row,) = json.loads((tmp_path / "smoke.json").read_text(encoding="utf-8"))["rows"]
+    result = json.loads((tmp_path / "smoke.json").read_text(encoding="utf-8"))
+    (row,) = result["rows"]
     assert row["depth"] == pytest.approx(3.0, abs=1e-3)
     assert row["predicted"] == pytest.approx(2 / 3, abs=1e-3)
     edges = [edge for own in row["log10_edges"] for edge in own]
     assert row["measured"] == pytest.approx(slope([0.0, 1.0, math.log10(30)], edges)[0], abs=1e-3)
     low, high = row["interval"]
     assert low <= row["measured"] <= high
-    assert row["holds"] == (abs(row["measured"] - 2 / 3) <= 0.2)
+    (claim,) = result["claims"]
+    assert claim["holds"] == (abs(row["measured"] - 2 / 3) <= 0.2)
     assert (tmp_path / "smoke.png").stat().st_size > 5_000
-    assert not (tmp_path / "smoke.edges.jsonl").exists()
-    assert capsys.readouterr().out.count("\n") == 3
+    architectures.main(words)
+    assert searched == [1.0]
 
 
 def test_bend_of_an_exact_edge_is_its_knee() -> None:
@@ -96,26 +86,11 @@ def test_bend_of_an_exact_edge_is_its_knee() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("optimizer", "layers"), depth.PRESETS["cpu"].cases)
-def test_best_rate_has_the_exponent_of_depth_and_optimizer(optimizer: str, layers: int) -> None:
-    row = depth.measure(depth.PRESETS["cpu"], optimizer, layers)
-    assert row["predicted"] == pytest.approx((2 if optimizer == "sgd" else 1) / layers)
-    assert row["measured"] == pytest.approx(row["predicted"], abs=0.1)
-
-
-@pytest.mark.slow
-def test_edge_in_standard_form_bends_within_half_a_decade_of_the_knee() -> None:
-    rows = knee.measure(knee.PRESETS["cpu"])
-    assert {row["width"] for row in rows} == {64, 256}
-    for row in rows:
-        assert 10**-0.5 <= row["measured"] / row["predicted"] <= 10**0.5, row
-
-
-@pytest.mark.slow
-def test_best_rate_of_a_pre_layer_norm_residual_network_has_the_exponent_of_its_effective_depth() -> None:
-    row = residual.measure(residual.PRESETS["cpu"], 2)
-    assert 1.8 < row["depth"] < 2.4  # however many layers: here five weights deep
-    assert row["measured"] == pytest.approx(2 / row["depth"], abs=0.15)
+@pytest.mark.parametrize("experiment", [depth, knee, residual, phase_portrait], ids=lambda module: module.__name__)
+def test_every_claim_of_the_experiment_holds(experiment: ModuleType, tmp_path: Path) -> None:
+    experiment.main(["--preset", "cpu", "--results", str(tmp_path), "--work", str(tmp_path / "work")])
+    claims = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))["claims"]
+    assert [claim for claim in claims if not claim["holds"]] == []
 
 
 def test_the_slopes_told_of_the_architectures_are_those_of_the_edges_that_were_measured() -> None:
@@ -132,16 +107,16 @@ def test_the_slopes_told_of_the_architectures_are_those_of_the_edges_that_were_m
 
 @pytest.mark.slow
 def test_edges_of_the_architectures_follow_their_effective_depth(tmp_path: Path) -> None:
-    architectures.main(["--preset", "cpu", "--results", str(tmp_path)])
-    rows = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))["rows"]
-    assert {row["network"] for row in rows} == {"CNN", "ResNet-18", "ViT"}
-    assert [row for row in rows if not row["holds"]] == []
+    architectures.main(["--preset", "cpu", "--results", str(tmp_path), "--work", str(tmp_path / "work")])
+    result = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))
+    assert {row["network"] for row in result["rows"]} == {"CNN", "ResNet-18", "ViT"}
+    assert [claim for claim in result["claims"] if not claim["holds"]] == []
 
 
 @pytest.mark.slow
-def test_best_rate_stays_within_a_factor_two_over_widths() -> None:
+def test_best_rate_stays_within_a_factor_two_over_widths(tmp_path: Path) -> None:
     preset = width_transfer.PRESETS["cpu"]
-    rows = width_transfer.measure(preset)
+    rows = width_transfer.measure_rows(preset, Place(tmp_path))
     assert len(rows) == len(preset.cases)
     for row in rows:
         assert row["widths"] == [64, 128, 256, 512, 1024]
@@ -156,25 +131,16 @@ def test_smoke_portrait_decides_its_claims_and_goes_on(tmp_path: Path, capsys: p
     words = ["--preset", "smoke", "--results", str(tmp_path), "--work", str(tmp_path / "work")]
     phase_portrait.main(words)
     first = capsys.readouterr().out
-    rows = json.loads((tmp_path / "smoke.json").read_text(encoding="utf-8"))["rows"]
-    assert [row["what"].partition(",")[0] for row in rows] == ["best rate off the law", "edge exponent"]
-    assert all(row["low"] <= row["measured"] <= row["high"] for row in rows)
-    assert rows[1]["measured"] == pytest.approx(1.0, abs=0.3)
+    claims = json.loads((tmp_path / "smoke.json").read_text(encoding="utf-8"))["claims"]
+    assert [claim["what"].partition(",")[0] for claim in claims] == ["best rate off the law", "edge exponent"]
+    assert all(claim["interval"][0] <= claim["measured"] <= claim["interval"][1] for claim in claims)
+    assert claims[1]["measured"] == pytest.approx(1.0, abs=0.3)
     assert (tmp_path / "smoke.png").stat().st_size > 5_000
     runs = tmp_path / "work" / "smoke" / "sgd-mse-L2-60" / "runs.jsonl"
     before = runs.read_bytes()
     phase_portrait.main(words)
     assert capsys.readouterr().out == first
     assert runs.read_bytes() == before
-
-
-def test_the_published_portraits_are_those_of_the_preset() -> None:
-    path = Path(phase_portrait.__file__).parent / "results" / "phase_portrait" / "cpu.json"
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    assert list(dict.fromkeys(row["case"] for row in rows)) == [case.name for case in phase_portrait.PRESETS["cpu"]]
-    for row in rows:
-        assert row["low"] <= row["measured"] <= row["high"], row
-        assert row["holds"] == (abs(row["measured"] - row["predicted"]) <= row["tolerance"])
 
 
 def test_the_interval_of_a_common_slope_is_students() -> None:
@@ -211,10 +177,3 @@ def test_the_distance_to_the_law_is_half_the_range_of_the_seeds_means() -> None:
     assert phase_portrait.off_the_law(np.zeros((7, 4)), 0.0) == (0.0, 0.0, 0.0)
     drawn = phase_portrait.resampled(2)
     assert set(map(tuple, drawn)) == {(2.0, 0.0), (1.0, 1.0), (0.0, 2.0)}
-
-
-@pytest.mark.slow
-def test_portraits_meet_their_bars(tmp_path: Path) -> None:
-    phase_portrait.main(["--preset", "cpu", "--results", str(tmp_path), "--work", str(tmp_path / "work")])
-    rows = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))["rows"]
-    assert [row for row in rows if not row["holds"]] == []

@@ -176,6 +176,15 @@ def test_a_hermite_target_is_its_formula_with_mean_zero_and_unit_variance(
     assert abs(float(targets.var()) - 1) < 0.1  # of a polynomial of degree 3: heavy tails
 
 
+def test_two_classes_of_a_hermite_target_are_its_sign() -> None:
+    numbers, signs = Hermite(12, MULTI), Hermite(12, MULTI, classes=2)
+    (inputs, targets), (same_inputs, classes) = (stream.batches(3, 0, 4, 50) for stream in (numbers, signs))
+    assert torch.equal(inputs, same_inputs)
+    assert torch.equal(classes, (targets > 0).long())
+    assert signs.name == f"{numbers.name}-sign"
+    assert (numbers.classes, signs.classes) == (0, 2)
+
+
 def test_a_teacher_answers_with_its_network_standardised() -> None:
     stream = Teacher((12,), 0, width=8)
     inputs, targets = stream.batches(5, 0, 40, 100)
@@ -212,6 +221,7 @@ def test_every_stream_is_built_by_its_name(name: str) -> None:
         (lambda: Hermite(8, ((0, 0),)), r"monomial \(0, 0\) is constant; give it a degree >= 1"),
         (lambda: Hermite(1, ((1, 1),)), "has 2 directions, more than inputs=1"),
         (lambda: Hermite(4, ((-1,),)), "degree of a monomial=-1 is too small"),
+        (lambda: Hermite(4, classes=3), "classes=3 must be 0 for the target itself, or 2 for its sign"),
         (lambda: Teacher((4,), width=1, depth=9), r"says the same to every input \(width=1, depth=9, draw=0"),
         (lambda: Teacher((8,), 1), "classes=1 leaves nothing to tell apart"),
         (lambda: Teacher((8,), network="cnn"), r"shape=\(8,\) is no image"),

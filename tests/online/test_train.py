@@ -400,14 +400,28 @@ def test_an_unknown_task_lists_the_known_ones() -> None:
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
 def test_a_bundled_task_is_complete(task: object) -> None:
     task = get_task(getattr(task, "name"))  # noqa: B009 - mypy sees an object here
+    if task.name.startswith("photos"):
+        pytest.importorskip("skimage")
     stream, net = task.stream(), task.build()
     inputs, _ = stream.batches(0, 0, 1, 4)
     assert net(inputs[0]).shape == (4, stream.classes)
     assert set(task.base_lr) == {(family, loss) for family in ("sgd", "adam") for loss in task.losses}
     assert all(lr > 0 for lr in task.base_lr.values())
-    from gammaopt import effective_depth
+    from gammaopt import effective_depth, wrap
 
-    assert effective_depth(net, inputs[0]) == pytest.approx(task.depth, abs=0.5)
+    depths = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        net = wrap(task.build(), 1.0, depth=1.0, parametrization="mean_field")
+        depths.append(effective_depth(net, stream.batches(seed, 0, 1, 128)[0][0]))
+    assert sum(depths) / 4 == pytest.approx(task.depth, abs=0.1)
+    width, depth = task.size()
+    assert task.effective_depth(width, depth) == task.depth
+    assert task.size(width=8) == (8, depth)
+    if not task.homogeneous:  # measured anew: more blocks are not more depth
+        assert task.effective_depth(width, depth + 1) == pytest.approx(task.depth, abs=0.6)
+    else:
+        assert task.effective_depth(width, depth + 1) == depth + 1
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from gammaopt.online.streams._base import Generated, Split
 
 
 class Hermite(Generated):
-    """Infinite stream of normal vectors (float32) and one float target with mean 0 and variance 1.
+    """Infinite stream of normal vectors (float32) and one float target with mean 0 and variance 1, or its sign.
 
     Training and held-out samples come from the same distribution with independent draws; the directions are the same
     for every seed.
@@ -33,9 +33,10 @@ class Hermite(Generated):
         monomials: the degrees m_i of each: ``((2,),)`` is the single-index h₂(z₁), ``((1,), (1, 1), (1, 1, 1))`` the
             multi-index (z₁ + z₁z₂ + z₁z₂z₃)/√3.
         draw: which random directions u_i.
+        classes: 0 for y itself; 2 for int64 classes, 1 where y > 0: what a run's accuracy needs.
 
     Raises:
-        UsageError: for sizes out of range, or monomials that are constant or equal.
+        UsageError: for sizes out of range, monomials that are constant or equal, or other ``classes``.
 
     Example:
         >>> x, y = Hermite(16, ((1,), (1, 1))).batches(seed=0, start=0, stop=2, size=4)
@@ -43,10 +44,13 @@ class Hermite(Generated):
         (torch.Size([2, 4, 16]), torch.Size([2, 4]))
     """
 
-    classes = 0
-
-    def __init__(self, inputs: int = 32, monomials: Sequence[Sequence[int]] = ((2,),), *, draw: int = 0) -> None:
+    def __init__(
+        self, inputs: int = 32, monomials: Sequence[Sequence[int]] = ((2,),), *, draw: int = 0, classes: int = 0
+    ) -> None:
         at_least("inputs", inputs, 1)
+        if classes not in (0, 2):
+            raise UsageError(f"classes={classes} must be 0 for the target itself, or 2 for its sign")
+        self.classes = classes
         self.monomials = tuple(_trimmed(monomial) for monomial in monomials)
         if not self.monomials or len(set(self.monomials)) < len(self.monomials):
             raise UsageError(f"monomials={monomials} must be one or more, all different")
@@ -54,6 +58,7 @@ class Hermite(Generated):
         if directions > inputs:
             raise UsageError(f"monomials={monomials} has {directions} directions, more than inputs={inputs}")
         self.name = f"hermite-{inputs}-" + "+".join(".".join(map(str, monomial)) for monomial in self.monomials)
+        self.name += "-sign" if classes else ""
         self.shape: tuple[int, ...] = (inputs,)
         self.directions = _orthonormal(inputs, directions, draw)
 
@@ -75,7 +80,8 @@ class Hermite(Generated):
             for direction, degree in enumerate(monomial):
                 product *= values[degree][..., direction]
             total += product
-        return inputs, (total / len(self.monomials) ** 0.5).float()
+        targets = (total / len(self.monomials) ** 0.5).float()
+        return inputs, (targets > 0).long() if self.classes else targets
 
 
 def polynomials(z: Tensor, highest: int) -> list[Tensor]:

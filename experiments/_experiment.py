@@ -1,0 +1,214 @@
+"""The shape of an experiment: presets, claims with their intervals, one result file, one picture, one table.
+
+An experiment's file has a docstring whose first line is its title, ``PRESETS`` and ``measure(preset, place)``, which
+returns :class:`Found`; :func:`run` does the rest. gallery.py reads the result files alone: all it shows is in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from _sweep import write
+from matplotlib.figure import Figure
+
+from gammaopt.tuning._frozen import git_commit, versions
+
+Preset = TypeVar("Preset")
+HERE = Path(__file__).parent
+ON_CUDA = ("gpu", "paper")  # presets that run on a GPU
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One number: what was predicted and measured, its 95 % interval, and whether it holds.
+
+    Attributes:
+        what: the quantity, and of which case.
+        predicted: in words, with the tolerance within which it holds: ``"0.67 ± 0.1"``, ``"> 0"``.
+        measured: the number.
+        interval: its 95 % interval, where there is one.
+        holds: whether ``measured`` is what was predicted.
+        why: where it does not hold, what is known of the reason.
+    """
+
+    what: str
+    predicted: str
+    measured: float
+    interval: tuple[float, float] | None
+    holds: bool
+    why: str = ""
+
+    @property
+    def row(self) -> str:
+        """Of the table predicted | measured | interval | holds."""
+        between = "" if self.interval is None else f"{self.interval[0]:.3g} … {self.interval[1]:.3g}"
+        told = "yes" if self.holds else f"no{': ' * bool(self.why)}{self.why}"
+        return f"| {self.what} | {self.predicted} | {self.measured:.3g} | {between} | {told} |"
+
+
+HEAD = "| what | predicted | measured | 95 % interval | holds |\n|---|---|---|---|---|"
+
+
+def near(
+    what: str,
+    predicted: float,
+    tolerance: float,
+    measured: float,
+    interval: tuple[float, float] | None = None,
+    why: str = "",
+) -> Claim:
+    """A number that is predicted within ± ``tolerance``; ``why`` is told only where it is not."""
+    holds = abs(measured - predicted) <= tolerance
+    return Claim(what, f"{predicted:.2f} ± {tolerance:g}", measured, interval, holds, "" if holds else why)
+
+
+def above(
+    what: str, bound: float, measured: float, interval: tuple[float, float] | None = None, why: str = ""
+) -> Claim:
+    """A number that is predicted above a bound; where it has an interval, that lies above it too."""
+    holds = measured > bound and (interval is None or interval[0] > bound)
+    return Claim(what, f"> {bound:g}", measured, interval, holds, "" if holds else why)
+
+
+def below(
+    what: str, bound: float, measured: float, interval: tuple[float, float] | None = None, why: str = ""
+) -> Claim:
+    """A number that is predicted below a bound; where it has an interval, that lies below it too."""
+    holds = measured < bound and (interval is None or interval[1] < bound)
+    return Claim(what, f"< {bound:g}", measured, interval, holds, "" if holds else why)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an experiment runs.
+
+    Attributes:
+        work: folder for finished cells; a killed run goes on in it.
+        device: ``"cpu"`` or ``"cuda"``.
+        cores: processes on the CPU.
+        data: folder of a data set, for the preset ``paper``.
+    """
+
+    work: Path
+    device: str = "cpu"
+    cores: int | None = None
+    data: Path | None = None
+
+    def file(self, name: str, preset: object) -> Path:
+        """A file of ``work`` for results of this very preset: those of an older one are left alone."""
+        digest = hashlib.blake2b(repr(preset).encode(), digest_size=6).hexdigest()
+        return self.work / f"{digest}-{name}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an experiment found.
+
+    Attributes:
+        claims: each prediction beside what was measured.
+        meaning: one sentence on what the picture shows, made from the numbers.
+        figure: the picture.
+        data: what it shows, as JSON values.
+        table: more Markdown for the gallery.
+    """
+
+    claims: Sequence[Claim]
+    meaning: str
+    figure: Figure
+    data: Mapping[str, Any] = field(default_factory=dict)
+    table: str = ""
+
+
+def run(
+    name: str,
+    description: str | None,
+    presets: Mapping[str, Preset],
+    measure: Callable[[Preset, Place], Found],
+    argv: Sequence[str] | None = None,
+) -> Path:
+    """Run a preset of an experiment, write ``results/NAME/PRESET.json`` and ``.png``, and print its table."""
+    options = _options(name, description, presets, argv)
+    work = options.work / options.preset
+    work.mkdir(parents=True, exist_ok=True)
+    device = options.device or ("cuda" if options.preset in ON_CUDA else "cpu")
+    with timed(work / "seconds") as seconds:
+        found = measure(presets[options.preset], Place(work, device, options.cores, options.data))
+    content = {
+        "title": (description or name).strip().splitlines()[0].rstrip("."),
+        "command": f"python experiments/{name}.py --preset {options.preset}",
+        "device": device,
+        "versions": versions(),
+        "commit": git_commit(HERE),
+        "seconds": round(seconds[0]),
+        "meaning": found.meaning,
+        "claims": [asdict(claim) for claim in found.claims],
+        "table": found.table,
+        **found.data,
+    }
+    path = write(options.results, options.preset, _finite(content))
+    found.figure.savefig(path.with_suffix(".png"), dpi=110)
+    print("\n".join([HEAD, *(claim.row for claim in found.claims)]))
+    print(("\n" + found.table + "\n" if found.table else "") + f"\n{found.meaning}\n{path}")
+    return path
+
+
+@contextmanager
+def timed(path: Path) -> Iterator[list[float]]:
+    """Seconds spent in the block, with those that earlier calls left in ``path``: a run that goes on took them all."""
+    before = float(path.read_text()) if path.exists() else 0.0
+    began, total = time.monotonic(), [before]
+    try:
+        yield total
+    finally:
+        total[0] = before + time.monotonic() - began
+        path.write_text(f"{total[0]:.1f}\n")
+
+
+def _options(
+    name: str, description: str | None, presets: Mapping[str, Any], argv: Sequence[str] | None
+) -> argparse.Namespace:
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--preset", choices=list(presets), default="cpu", help="how much to run (default: cpu)")
+    made.add_argument("--results", type=Path, default=HERE / "results" / name, help="folder of the result")
+    made.add_argument(
+        "--work", type=Path, default=Path("runs") / "experiments" / name,
+        help="folder for finished cells: a killed run goes on there",
+    )  # fmt: skip
+    made.add_argument("--device", help="cpu or cuda (default: cuda for the presets gpu and paper)")
+    made.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="processes to train in")
+    made.add_argument("--data", type=Path, help="folder of the data set that the preset paper trains on")
+    options = made.parse_args(argv)
+    if options.preset == "paper" and options.data is None:
+        made.error("the preset paper trains on a data set of yours; give its folder: --data PATH")
+    return options
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: ``None``."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What ``make`` gave, as JSON in ``path``; made once. For parts that are not runs of an ensemble."""
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    made = _finite(make())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(made), encoding="utf-8")
+    partial.replace(path)
+    return json.loads(path.read_text(encoding="utf-8"))

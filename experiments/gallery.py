@@ -1,0 +1,120 @@
+"""The gallery: experiments/README.md, made from the result files alone.
+
+    python experiments/gallery.py
+
+Each result that has claims is one section: its picture, one sentence of what it means, the table of predictions beside
+measurements, and the command, device, date and versions that made it. Presets that have not been run stand as "not
+measured", with their command. Nothing in the page is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from _experiment import HEAD, Claim
+
+HERE = Path(__file__).parent
+ORDER = (  # as the argument goes: the law, time, accuracy, mechanisms, the verdict; others follow by name
+    "phase_portrait", "loss_curves", "accuracy_vs_gamma", "hessian_spectrum", "catapult_silent_alignment", "agreement",
+    "linear_toy", "width_transfer", "depth", "architectures", "tuned_vs_one",
+)  # fmt: skip
+SHOWN = ("cpu", "gpu")
+Result = dict[str, Any]
+
+
+def read(results: Path) -> dict[str, dict[str, Result]]:
+    """Name → preset → result, of those with claims."""
+    found: dict[str, dict[str, Result]] = {}
+    for path in sorted(results.glob("*/*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and "claims" in content and path.stem != "smoke":
+            found.setdefault(path.parent.name, {})[path.stem] = content
+    places = {name: place for place, name in enumerate(ORDER)}
+    return dict(sorted(found.items(), key=lambda item: (places.get(item[0], len(ORDER)), item[0])))
+
+
+def page(found: Mapping[str, Mapping[str, Result]]) -> str:
+    """The whole page, as Markdown."""
+    held, total = counts([result for presets in found.values() for result in presets.values()])
+    lines = [
+        "# The paper, measured again",
+        "",
+        "Predictions of Atanasov et al., ICLR 2025 ([arXiv 2410.04642](https://arxiv.org/abs/2410.04642)), and of the "
+        "laws here, beside what was measured. `make experiments PRESET=cpu` runs everything again and rebuilds this "
+        "page, which is made from the files in `results/` by `python experiments/gallery.py`.",
+        "",
+        f"{held} of {total} predictions hold within their stated tolerance.",
+        "",
+        "| experiment | holds | device | time |",
+        "|---|---|---|---|",
+        *(overview(name, presets) for name, presets in found.items()),
+    ]
+    for name, presets in found.items():
+        lines += ["", *section(name, presets)]
+    return "\n".join(lines) + "\n"
+
+
+def counts(results: Sequence[Result]) -> tuple[int, int]:
+    """Claims that hold, and all."""
+    claims = [claim for result in results for claim in result["claims"]]
+    return sum(claim["holds"] for claim in claims), len(claims)
+
+
+def overview(name: str, presets: Mapping[str, Result]) -> str:
+    """One line of the table of contents."""
+    result = presets.get("gpu") or next(iter(presets.values()))
+    held, total = counts([result])
+    return f"| [{name}](#{name}) | {held} of {total} | {result['machine']} | {duration(result['seconds'])} |"
+
+
+def duration(seconds: float) -> str:
+    """In words."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def section(name: str, presets: Mapping[str, Result]) -> list[str]:
+    """One experiment."""
+    first = next(iter(presets.values()))
+    lines = [f"## {name}", "", first["title"] + "."]
+    for preset in (*SHOWN, *(other for other in presets if other not in SHOWN)):
+        result = presets.get(preset)
+        if result is None:
+            lines += ["", f"**{preset}**: not measured; `python experiments/{name}.py --preset {preset}`"]
+            continue
+        versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+        picture = f"results/{name}/{preset}.png"
+        lines += [
+            "", f"![{result['meaning']}]({picture})", "", result["meaning"], "",
+            HEAD, *(row(claim) for claim in result["claims"]),
+        ]  # fmt: skip
+        lines += ["", result["table"]] if result["table"] else []
+        lines += [
+            "",
+            f"**{preset}**: `{result['command']}`; {result['machine']}, {result['device']}; {result['date']}, "
+            f"{duration(result['seconds'])}; {versions}.",
+        ]
+    return lines
+
+
+def row(claim: Mapping[str, Any]) -> str:
+    """Of the table; an interval is a list in JSON."""
+    interval = claim["interval"]
+    return Claim(**{**claim, "interval": None if interval is None else tuple(interval)}).row
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=HERE / "README.md", help="page to write")
+    options = parser.parse_args(argv)
+    options.out.write_text(page(read(options.results)), encoding="utf-8")
+    print(options.out)
+    return Path(options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Online loss across γ: a plateau that grows like γ^(1−2/L), a staircase, and one curve in rescaled time.
+
+    python experiments/loss_curves.py --preset cpu
+
+MLPs of width 64 in mean-field form learn augmented digits (MSE, SGD, one pass, float64) at the law's rate η = c·s(γ),
+c the same for every γ. The plateau ends where the online loss has fallen by a tenth for good; its exponent over γ ≥ 100
+has a 95 % interval over γ and seeds. For L = 2 it grows like log γ, so what is left after dividing by that has
+exponent 0. Curves of γ ≥ 100 are put on one axis t/plateau(γ), the law's plateau and no fitted one, and the spread
+between them is told before and after (0: one curve). On a staircase of parities, x₁ + x₁x₂ + x₁x₂x₃, a large γ falls
+stair by stair. Cells are kept in --work, so a killed run goes on.
+Writes results/loss_curves/PRESET.json and .png and prints predicted | measured | interval | holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+from _experiment import Claim, Found, Place, above, below, near, run
+from _sweep import slope
+from matplotlib.figure import Figure
+from scipy.stats import t as student
+
+from gammaopt import EtaLaw
+from gammaopt.diagnostics import Grid, collapse, dynamics, portrait
+from gammaopt.online import MLP, Digits, Recipe, RunRecord, Staircase
+from gammaopt.report import draw_collapse
+
+TOLERANCE = 0.1  # of the plateaus' exponents
+RICH = 100.0  # the smallest γ whose plateau counts: at a tenth of the way f is still small against γ below
+STAIRS_GAMMA = 100.0
+Curves = dict[float, list[RunRecord]]  # γ → a record for each seed
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much to run; ``steps`` and the largest γ of each depth, two γ to a decade."""
+
+    depths: tuple[int, ...] = (2, 3, 4, 5)
+    steps: tuple[int, ...] = (500, 2500, 6000, 8000)
+    decades: tuple[int, ...] = (5, 5, 5, 4)
+    rate: float = 6.0
+    seeds: int = 4
+    width: int = 64
+    stairs_steps: int = 3000
+    stairs_rate: float = 0.3
+    batch_size: int = 32
+
+
+PRESETS = {
+    "smoke": Preset(depths=(3,), steps=(600,), decades=(3,), seeds=1, width=16, stairs_steps=40),
+    "cpu": Preset(),
+    "gpu": Preset(steps=(1500, 8000, 20_000, 40_000), rate=2.0, seeds=16, width=256),
+}
+
+
+def measure(preset: Preset, place: Place) -> Found:
+    """Curves of each depth over γ, and those of the staircase."""
+    of_depth = {
+        depth: train(preset, place, depth, steps, decades)
+        for depth, steps, decades in zip(preset.depths, preset.steps, preset.decades, strict=True)
+    }
+    stairs = climb(preset, place)
+    claims = [claim for depth, curves in of_depth.items() for claim in plateau_claims(depth, curves)]
+    claims += stair_claims(stairs)
+    plateaus = {str(depth): {f"{g:g}": _plateaus(of) for g, of in curves.items()} for depth, curves in of_depth.items()}
+    longest = max(preset.depths)
+    first, last = (fmean(_plateaus(of_depth[longest][gamma])) for gamma in (RICH, max(of_depth[longest])))
+    meaning = (
+        f"A large γ waits before it learns, and then learns the same curve: at L = {longest} the plateau grows "
+        f"{last / first:.1f} × from γ = {RICH:g} to {max(of_depth[longest]):g}, predicted "
+        f"{(max(of_depth[longest]) / RICH) ** (1 - 2 / longest):.1f} ×."
+    )
+    return Found(claims, meaning, picture(of_depth, stairs), {"plateaus": plateaus})
+
+
+def train(preset: Preset, place: Place, depth: int, steps: int, decades: int) -> Curves:
+    """Runs of one depth at the law's rate."""
+    stream = Digits()
+    build = partial(MLP, math.prod(stream.shape), stream.classes, width=preset.width, depth=depth)
+    recipe = Recipe(
+        build, stream, "mse", "sgd", steps, preset.batch_size,
+        depth=float(depth), device=place.device, dtype=torch.float64,
+    )  # fmt: skip
+    grid = Grid.log((1.0, 10.0**decades, 2 * decades + 1), (preset.rate, preset.rate, 1), preset.seeds)
+    return _by_gamma(portrait(recipe, grid, place.work / f"L{depth}").records)
+
+
+def climb(preset: Preset, place: Place) -> Curves:
+    """Runs on a staircase of three parities at γ = 0.1 and at a large one."""
+    stream = Staircase(16, 3)
+    build = partial(MLP, 16, 1, width=preset.width, depth=3)
+    recipe = Recipe(
+        build, stream, "mse", "sgd", preset.stairs_steps, 64, depth=3.0, device=place.device, dtype=torch.float64
+    )
+    grid = Grid((0.1, STAIRS_GAMMA), (preset.stairs_rate,), tuple(range(preset.seeds)))
+    return _by_gamma(portrait(recipe, grid, place.work / "staircase").records)
+
+
+def _by_gamma(records: Sequence[RunRecord]) -> Curves:
+    found: Curves = {}
+    for record in records:
+        found.setdefault(record.gamma, []).append(record)
+    return dict(sorted(found.items()))
+
+
+def _plateaus(records: Sequence[RunRecord]) -> list[float]:
+    """Steps on the plateau of each seed; ``nan`` where it never ended."""
+    ends = [dynamics(record).plateau for record in records]
+    return [math.nan if end is None else end for end in ends]
+
+
+def plateau_claims(depth: int, curves: Curves) -> list[Claim]:
+    """The exponent of the plateau, and the collapse in rescaled time."""
+    rich = [gamma for gamma in curves if gamma >= RICH * (1 - 1e-6)]
+    points = [(gamma, steps) for gamma in rich for steps in _plateaus(curves[gamma])]
+    left = sum(math.isnan(steps) for _, steps in points)
+    growth = [math.log(gamma) if depth == 2 else 1.0 for gamma, _ in points]
+    logs = [math.log10(steps / by) for (_, steps), by in zip(points, growth, strict=True) if not math.isnan(steps)]
+    at = [math.log10(gamma) for gamma, steps in points if not math.isnan(steps)]
+    found, error = slope(at, logs)
+    half = float(student.ppf(0.975, max(1, len(at) - 2))) * error
+    what = "plateau over log γ" if depth == 2 else "plateau"
+    claims = [
+        near(
+            f"{what}, exponent, γ ≥ {RICH:g}, L = {depth}", 1 - 2 / depth, TOLERANCE, found,
+            (found - half, found + half),
+        )
+    ]  # fmt: skip
+    if left:
+        claims.append(Claim(f"runs still on their plateau, L = {depth}", "0", float(left), None, False))
+    if depth > 2:
+        law = EtaLaw(depth)
+        spreads = []
+        for seed in range(len(curves[rich[0]])):
+            chosen = [curves[gamma][seed] for gamma in rich]
+            spreads.append(collapse(chosen, [law.plateau_steps(gamma, at_one=1.0) for gamma in rich]))
+        after, before = fmean(one.spread for one in spreads), fmean(one.before for one in spreads)
+        claims.append(
+            below(f"spread in rescaled time over in steps ({before:.2f}), L = {depth}", 0.5, after / before)
+        )  # fmt: skip
+    return claims
+
+
+def stair_claims(stairs: Curves) -> list[Claim]:
+    """How many stairs there are at a small and at a large γ."""
+    counts = {gamma: [float(len(dynamics(record).drops)) for record in of] for gamma, of in stairs.items()}
+    rich = counts[STAIRS_GAMMA]
+    return [above(f"stairs of three, γ = {STAIRS_GAMMA:g}, fewest over seeds", 1.5, min(rich))]
+
+
+def picture(of_depth: dict[int, Curves], stairs: Curves) -> Figure:
+    """Curves of the depth nearest 3; the plateaus of all; rescaled; the staircase."""
+    figure = Figure(figsize=(11, 7.6), layout="constrained")
+    axes = figure.subplots(2, 2)
+    depth = min(of_depth, key=lambda one: abs(one - 4))
+    curves = of_depth[depth]
+    shades = np.linspace(0.1, 0.9, len(curves))
+    import matplotlib
+
+    colours = [matplotlib.colormaps["viridis"](shade) for shade in shades]
+    for colour, (gamma, records) in zip(colours, curves.items(), strict=True):
+        mean = np.mean([record.curve.loss for record in records], axis=0)
+        axes[0, 0].plot(records[0].curve.steps, mean / mean[0], color=colour, label=f"γ = {gamma:.3g}")
+    axes[0, 0].set(xscale="log", xlabel="step", ylabel="online loss / start", title=f"L = {depth}, at the law's rate")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    for number, (level, found) in enumerate(of_depth.items()):
+        gammas = np.array([gamma for gamma in found if gamma >= 1])
+        means = np.array([fmean(_plateaus(found[gamma])) for gamma in gammas])
+        axes[0, 1].plot(gammas, means, "o", color=f"C{number}", label=f"L = {level}")
+        rich = gammas >= RICH * (1 - 1e-6)
+        shape = np.log(gammas[rich]) if level == 2 else gammas[rich] ** (1 - 2 / level)
+        axes[0, 1].plot(gammas[rich], shape * np.exp(np.mean(np.log(means[rich] / shape))), color=f"C{number}")
+    axes[0, 1].set(
+        xscale="log", yscale="log", xlabel="feature-learning strength γ", ylabel="steps on the plateau",
+        title="points measured; lines γ^(1−2/L), log γ for L = 2",
+    )  # fmt: skip
+    axes[0, 1].legend(frameon=False, fontsize=8)
+    rich_gammas = [gamma for gamma in curves if gamma >= RICH * (1 - 1e-6)]
+    law = EtaLaw(depth)
+    collapsed = collapse([curves[g][0] for g in rich_gammas], [law.plateau_steps(g, at_one=1.0) for g in rich_gammas])
+    draw_collapse(collapsed, [f"γ = {gamma:.3g}" for gamma in rich_gammas], axes[1, 0])
+    for gamma, records in stairs.items():
+        mean = np.mean([record.curve.loss for record in records], axis=0)
+        axes[1, 1].plot(records[0].curve.steps, mean / mean[0], label=f"mean, γ = {gamma:g}")
+        axes[1, 1].plot(
+            records[0].curve.steps, np.array(records[0].curve.loss) / records[0].curve.loss[0], linewidth=0.8,
+            label=f"seed 0, γ = {gamma:g}",
+        )  # fmt: skip
+    axes[1, 1].set(xscale="log", xlabel="step", ylabel="online loss / start", title="a staircase of three parities")
+    axes[1, 1].legend(frameon=False, fontsize=8)
+    for one in axes.flat:
+        one.grid(alpha=0.25)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    return run("loss_curves", __doc__, PRESETS, measure, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What experiments share: claims and their words, results that a kill does not lose, seconds over several calls."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from _experiment import Claim, Found, Place, above, below, kept, near, run, timed
+from _sweep import resumed
+from matplotlib.figure import Figure
+
+
+def test_a_number_near_its_prediction_holds_whatever_its_interval() -> None:
+    claim = near("x", -0.667, 0.1, -0.7, (-1.0, -0.4), why="unused")
+    assert (claim.holds, claim.predicted, claim.why) == (True, "-0.67 ± 0.1", "")
+    assert near("x", 1.0, 0.1, 1.2, why="noise").row == "| x | 1.00 ± 0.1 | 1.2 |  | no: noise |"
+
+
+@pytest.mark.parametrize(("claim", "holds"), [
+    (above("x", 0.0, 1.0, (0.1, 2.0)), True),
+    (above("x", 0.0, 1.0, (-0.1, 2.0)), False),
+    (above("x", 0.0, -1.0), False),
+    (below("x", 0.5, 0.4), True),
+    (below("x", 0.5, 0.4, (0.2, 0.6)), False),
+])  # fmt: skip
+def test_a_bound_must_hold_for_the_whole_interval(claim: Claim, holds: bool) -> None:
+    assert claim.holds is holds
+
+
+def test_what_a_kill_left_is_not_computed_again(tmp_path: Path) -> None:
+    path, done = tmp_path / "folder" / "squares.jsonl", []
+
+    def square(number: int) -> int:
+        done.append(number)
+        return number**2
+
+    tasks = {str(number): number for number in range(5)}
+    assert resumed(square, dict(list(tasks.items())[:2]), path, 1) == {"0": 0, "1": 1}
+    with open(path, "a") as file:
+        file.write('["2", 4')  # cut off
+    assert resumed(square, tasks, path, 1) == {"0": 0, "1": 1, "2": 4, "3": 9, "4": 16}
+    assert done == [0, 1, 2, 3, 4]
+    assert resumed(square, tasks, path, 1)["4"] == 16
+    assert len(done) == 5
+
+
+def test_a_part_is_made_once_and_has_no_nan(tmp_path: Path) -> None:
+    path = tmp_path / "part.json"
+    assert kept(path, lambda: {"a": (1.0, math.nan)}) == {"a": [1.0, None]}
+    assert kept(path, lambda: pytest.fail("made again")) == {"a": [1.0, None]}
+
+
+def test_results_of_another_preset_are_in_another_file(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    assert place.file("a.json", ("width", 64)) != place.file("a.json", ("width", 65))
+
+
+def test_seconds_of_all_calls_are_counted_also_of_one_that_failed(tmp_path: Path) -> None:
+    path = tmp_path / "seconds"
+    path.write_text("100.0\n")
+    with pytest.raises(KeyError), timed(path):
+        raise KeyError
+    with timed(path) as seconds:
+        pass
+    assert seconds[0] >= 100.0
+    assert float(path.read_text()) == pytest.approx(seconds[0], abs=0.1)
+
+
+def test_the_preset_paper_asks_for_its_data_and_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given: list[Place] = []
+
+    def measure(preset: str, place: Place) -> Found:
+        given.append(place)
+        return Found([near("x", 1, 0.1, 1.0)], "One is one.", Figure(), {"preset": preset})
+
+    words = ["--results", str(tmp_path), "--work", str(tmp_path / "work"), "--preset", "paper"]
+    with pytest.raises(SystemExit):
+        run("made_up", "Title.", {"paper": "large"}, measure, words)
+    assert "give its folder: --data PATH" in capsys.readouterr().err
+    run("made_up", "Title.", {"paper": "large"}, measure, [*words, "--data", str(tmp_path), "--device", "cpu"])
+    assert given[0].data == tmp_path
+    content = json.loads((tmp_path / "paper.json").read_text(encoding="utf-8"))
+    assert (content["title"], content["device"], content["preset"]) == ("Title", "cpu", "large")

@@ -1,0 +1,52 @@
+"""The gallery is made from the results alone and says what was not measured; the committed page is up to date."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gallery
+from _experiment import near
+
+HERE = Path(gallery.__file__).parent
+
+
+def result(held: bool = True) -> dict[str, object]:
+    claim = near("exponent", 2.0, 0.1, 2.0 if held else 3.0, (1.9, 2.1), why="too short")
+    return {
+        "date": "2026-01-01", "machine": "two cores", "title": "A title", "device": "cpu", "seconds": 240,
+        "command": "python experiments/second.py --preset cpu", "versions": {"torch": "9"}, "meaning": "It is so.",
+        "claims": [{**claim.__dict__}], "table": "",
+    }  # fmt: skip
+
+
+def write(folder: Path, name: str, preset: str, content: object) -> None:
+    (folder / name).mkdir(exist_ok=True)
+    (folder / name / f"{preset}.json").write_text(json.dumps(content))
+
+
+def test_the_page_shows_claims_commands_and_what_was_not_measured(tmp_path: Path) -> None:
+    write(tmp_path, "second", "cpu", result(held=False))
+    write(tmp_path, "second", "smoke", result())
+    write(tmp_path, "phase_portrait", "cpu", result())
+    write(tmp_path, "phase_portrait", "gpu", {**result(), "machine": "a large GPU"})
+    write(tmp_path, "surrogates", "digits", {"rows": []})
+    text = gallery.page(gallery.read(tmp_path))
+    assert "2 of 3 predictions hold" in text
+    assert text.index("## phase_portrait") < text.index("## second")
+    assert "| exponent | 2.00 ± 0.1 | 3 | 1.9 … 2.1 | no: too short |" in text
+    assert "![It is so.](results/second/cpu.png)" in text
+    assert "**gpu**: not measured; `python experiments/second.py --preset gpu`" in text
+    assert "**gpu**: `python experiments/second.py --preset cpu`; a large GPU, cpu; 2026-01-01, 4 min; torch 9." in text
+    assert "| [phase_portrait](#phase_portrait) | 1 of 1 | a large GPU | 4 min |" in text
+    assert "surrogates" not in text
+    assert "smoke" not in text
+
+
+def test_the_committed_page_is_what_the_committed_results_give() -> None:
+    found = gallery.read(HERE / "results")
+    assert (HERE / "README.md").read_text(encoding="utf-8") == gallery.page(found)
+    for name, presets in found.items():
+        assert (HERE / f"{name}.py").exists()
+        for preset in presets:
+            assert (HERE / "results" / name / f"{preset}.png").exists()

@@ -1,0 +1,52 @@
+"""The toy's closed forms against all of the network: autograd's Hessian, an integrated flow, and a loop over layers."""
+
+from __future__ import annotations
+
+import linear_toy as toy
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import solve_ivp
+
+
+@pytest.mark.parametrize("depth", [2, 3, 5])
+@pytest.mark.parametrize("gamma", [0.01, 1.0, 50.0])
+def test_the_sharpness_at_the_end_is_that_of_all_layers(depth: int, gamma: float) -> None:
+    w = torch.full((depth,), (1 + gamma) ** (1 / depth), dtype=torch.float64)
+    hessian = torch.autograd.functional.hessian(lambda w: 0.5 * ((w.prod() - 1) / gamma - 1) ** 2, w)
+    expected = float(torch.linalg.eigvalsh(hessian)[-1])
+    assert float(toy.end_sharpness(depth, np.array(gamma))) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_the_time_to_half_is_that_of_the_integrated_flow(depth: int) -> None:
+    gamma = 30.0
+
+    def half(_: float, w: np.ndarray) -> float:
+        return float((w[0] ** depth - 1) / gamma - 0.5)
+
+    half.terminal = True  # type: ignore[attr-defined]
+    flow = solve_ivp(
+        lambda _, w: -toy.gradient(depth, np.array(gamma), w), (0, 1e5), [1.0], events=half, rtol=1e-10, atol=1e-12
+    )
+    assert toy.half_time(depth, gamma) == pytest.approx(flow.t_events[0][0], rel=1e-6)
+
+
+def test_descent_is_that_of_separate_layers() -> None:
+    depth, gamma, eta, steps = 3, 5.0, 0.3, 40
+    w = torch.ones(depth, dtype=torch.float64, requires_grad=True)
+    for _ in range(steps):
+        loss = 0.5 * ((w.prod() - 1) / gamma - 1) ** 2
+        (slope,) = torch.autograd.grad(loss, w)
+        w = (w - eta * slope).detach().requires_grad_()
+    found, _ = toy.descend(depth, np.array([gamma]), np.array([eta]), steps)
+    assert found[0] == pytest.approx(float(w[0].detach()), rel=1e-12)
+
+
+def test_the_edge_of_a_known_rule_is_found_to_a_hundredth_of_a_decade() -> None:
+    gammas = np.array([0.1, 1.0, 10.0])
+    logs = toy.edge(lambda gamma, eta: eta < 3 * gamma**1.5, gammas, gammas**1.5, upper=True)
+    assert logs == pytest.approx(np.log10(3 * gammas**1.5), abs=0.006)
+    assert toy.exponent(gammas, logs)[0] == pytest.approx(1.5, abs=0.01)
+    with pytest.raises(ValueError, match="outside the rates"):
+        toy.edge(lambda gamma, eta: eta < 1e9 * gamma, gammas, gammas, upper=True)

@@ -148,7 +148,7 @@ def run(
         "command": f"python experiments/{name}.py --preset {options.preset}",
         "device": device,
         "versions": versions(),
-        "commit": git_commit(HERE),
+        "commit": git_commit(HERE, but="results"),
         "seconds": round(seconds[0]),
         "meaning": found.meaning,
         "claims": [asdict(claim) for claim in found.claims],

@@ -45,23 +45,24 @@ def versions() -> dict[str, str]:
     return {"gammaopt": __version__, "python": platform.python_version(), **found, "machine": platform.machine()}
 
 
-def git_commit(source: Path) -> str | None:
-    """The commit that the file or folder belongs to, with ``-dirty`` for changes since; ``None`` outside git."""
+def git_commit(source: Path, *, but: str | None = None) -> str | None:
+    """The commit that the file or folder belongs to; ``None`` outside git.
+
+    It ends with ``-dirty`` if tracked files changed since, in the folder that ``source`` is or lies in; those in the
+    folder ``but`` of that don't count: results that are written are no change of the code.
+    """
     folder = source if source.is_dir() else source.parent
+    where = [".", *([f":(exclude){but}"] if but else [])]
     try:
-        found = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
+        found = _git(folder, "rev-parse", "HEAD")
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", *where)
+        # A package installed inside somebody's repository, in an ignored environment, is not of that repository.
+        _git(folder, "ls-files", "--error-unmatch", str(source.resolve()))
     except (OSError, subprocess.SubprocessError):
         return None
-    # A package installed inside somebody's repository, in an ignored environment, is not of that repository.
-    tracked = subprocess.run(
-        ["git", "-C", str(folder), "ls-files", "--error-unmatch", str(source.resolve())],
-        capture_output=True,
-        check=False,
-    )
-    return found.stdout.strip() if tracked.returncode == 0 else None
+    return found + ("-dirty" if changed else "")
+
+
+def _git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

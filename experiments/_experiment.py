@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 from _sweep import write
 from matplotlib.figure import Figure
 
+from gammaopt.online import Digits, Stream, build_stream
+from gammaopt.online.streams._layouts import recognise
 from gammaopt.tuning._frozen import git_commit, versions
 
 Preset = TypeVar("Preset")
@@ -103,6 +105,16 @@ class Place:
     device: str = "cpu"
     cores: int | None = None
     data: Path | None = None
+
+    @property
+    def stream(self) -> Stream:
+        """Classified images: the data set's, of any layout known to ``gammaopt data check``, or augmented digits."""
+        if self.data is None:
+            return Digits()
+        layout = recognise(self.data)
+        folders = {"imagefolder": "imagefolder", "tinyimagenet": "imagefolder"}
+        root = "root" if layout in ("cifar10", "mnist") else "path"
+        return build_stream(folders.get(layout, layout), **{root: self.data})
 
     def file(self, name: str, preset: object) -> Path:
         """A file of ``work`` for results of this very preset: those of an older one are left alone."""

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from gammaopt.diagnostics import Grid, portrait
-from gammaopt.online import MLP, Digits, Recipe, RunRecord
+from gammaopt.online import MLP, Recipe, RunRecord
 from gammaopt.tuning import Confirmation, paired_t
 
 Array = NDArray[np.float64]
@@ -59,6 +59,7 @@ PRESETS = {
     "gpu": Preset(
         budgets=(300, 1000, 3000, 10_000), seeds=8, fresh=32, width=256, rates=((0.05, 60.0, 17), (0.5, 200.0, 17))
     ),
+    "paper": Preset(budgets=(1000, 10_000, 40_000), seeds=2, fresh=10, width=1024),
 }  # fmt: skip
 
 
@@ -79,7 +80,7 @@ class Sweep(NamedTuple):
 
 def sweep(preset: Preset, place: Place, loss: str, rates: tuple[float, float, int]) -> Sweep:
     """Choose a rate for each γ and budget, and train it on fresh seeds."""
-    stream = Digits()
+    stream = place.stream
     build = partial(MLP, math.prod(stream.shape), stream.classes, width=preset.width, depth=3)
     recipe = Recipe(
         build, stream, loss, "sgd", max(preset.budgets), depth=3.0, device=place.device, dtype=torch.float64,  # type: ignore[arg-type]

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from gammaopt import SGD
 from gammaopt.diagnostics import agreements, kernel_target_alignment, ntk
-from gammaopt.online import MLP, Digits, Recipe
+from gammaopt.online import MLP, Recipe
 from gammaopt.online._device import seeded
 from gammaopt.online._losses import CRITERIA, squared_target
 from gammaopt.online.record import log_spaced
@@ -62,6 +62,7 @@ PRESETS = {
     ),
     "cpu": Preset(),
     "gpu": Preset(seeds=8, steps=10_000, times=20, width=512, held_out=4096, kernel_samples=256),
+    "paper": Preset(seeds=4, steps=20_000, times=20, width=1024, batch_size=128, held_out=4096, kernel_samples=256),
 }
 
 
@@ -73,20 +74,28 @@ class Training:
     gamma: float
     seed: int
     path: Path
-    device: str
+    place: Place
 
 
-def recipe_of(preset: Preset, device: str) -> Recipe:
-    stream = Digits()
+def recipe_of(preset: Preset, place: Place) -> Recipe:
+    stream = place.stream
     build = partial(MLP, math.prod(stream.shape), stream.classes, width=preset.width, depth=3)
     return Recipe(
-        build, stream, "mse", "sgd", preset.steps, preset.batch_size, depth=3.0, device=device, dtype=torch.float64
+        build,
+        stream,
+        "mse",
+        "sgd",
+        preset.steps,
+        preset.batch_size,
+        depth=3.0,
+        device=place.device,
+        dtype=torch.float64,
     )
 
 
-def fresh(preset: Preset, gamma: float, seed: int, device: str) -> nn.Module:
+def fresh(preset: Preset, gamma: float, seed: int, place: Place) -> nn.Module:
     """The network that a run starts from."""
-    recipe = recipe_of(preset, device)
+    recipe = recipe_of(preset, place)
     with seeded("cpu", seed):
         return fresh_model(recipe, gamma, recipe.stream.batches(seed, 0, 1, 2)[0][0])
 
@@ -99,8 +108,8 @@ def train(job: Training) -> None:
     """Train one network, and keep its weights at the preset's times."""
     if job.path.exists():
         return
-    recipe = recipe_of(job.preset, job.device)
-    model = fresh(job.preset, job.gamma, job.seed, job.device)
+    recipe = recipe_of(job.preset, job.place)
+    model = fresh(job.preset, job.gamma, job.seed, job.place)
     optimizer = SGD(model.parameters(), lr=job.preset.rate)
     states, wanted = [], set(times(job.preset))
     slice_of = 50
@@ -109,7 +118,7 @@ def train(job: Training) -> None:
             job.seed, start, min(start + slice_of, job.preset.steps), recipe.batch_size
         )
         for i in range(len(inputs)):
-            x, y = inputs[i].to(job.device, recipe.dtype), targets[i].to(job.device)
+            x, y = inputs[i].to(recipe.device, recipe.dtype), targets[i].to(recipe.device)
             optimizer.zero_grad()
             CRITERIA["mse"](model(x), y).backward()
             optimizer.step()
@@ -124,7 +133,7 @@ def train(job: Training) -> None:
 def measure(preset: Preset, place: Place) -> Found:
     """Train all networks, then compare their functions."""
     jobs = [
-        Training(preset, gamma, seed, place.file(f"{gamma:g}-{seed}.pt", preset), place.device)
+        Training(preset, gamma, seed, place.file(f"{gamma:g}-{seed}.pt", preset), place)
         for gamma in preset.gammas
         for seed in range(preset.seeds)
     ]
@@ -145,11 +154,10 @@ def compare(preset: Preset, place: Place, jobs: Sequence[Training]) -> dict[str,
     ``across_gammas["a b"]`` is (time, seed), ``across_seeds["a"]`` (time, pair of seeds), ``alignment["a"]`` (start and
     end, seed).
     """
-    stream = Digits()
-    x, _ = (part[0] for part in stream.batches(0, 0, 1, preset.held_out, "held_out"))
+    x, _ = (part[0] for part in place.stream.batches(0, 0, 1, preset.held_out, "held_out"))
     x = x.to(place.device, torch.float64)
     states = {(job.gamma, job.seed): torch.load(job.path, weights_only=True) for job in jobs}
-    models = {key: fresh(preset, *key, place.device) for key in states}
+    models = {key: fresh(preset, *key, place) for key in states}
     starts = {key: _aligned(preset, place, model) for key, model in models.items()}
     across_gammas: dict[str, list[list[float]]] = {}
     across_seeds: dict[str, list[list[float]]] = {}
@@ -184,8 +192,9 @@ def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 def _aligned(preset: Preset, place: Place, model: nn.Module) -> float:
     """The NTK's centred alignment with the one-hot targets of held-out samples."""
-    x, y = (part[0] for part in Digits().batches(0, 0, 1, preset.kernel_samples, "held_out"))
-    targets = squared_target(torch.zeros(len(y), 10, dtype=torch.float64), y)
+    stream = place.stream
+    x, y = (part[0] for part in stream.batches(0, 0, 1, preset.kernel_samples, "held_out"))
+    targets = squared_target(torch.zeros(len(y), stream.classes, dtype=torch.float64), y)
     kernel = ntk(model, x.to(place.device, torch.float64)).cpu()
     return kernel_target_alignment(kernel, targets)
 

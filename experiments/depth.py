@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from gammaopt import EtaLaw
 from gammaopt._fit import critical_rates, fit_slopes
 from gammaopt.diagnostics import Grid, portrait
-from gammaopt.online import MLP, Digits, Recipe
+from gammaopt.online import MLP, Recipe
 
 TOLERANCE = 0.1
 
@@ -55,6 +55,7 @@ PRESETS = {
     "gpu": Preset(
         gammas=(1.0, 3000.0, 8), sgd_rates=(1.0, 100.0, 25), adam_rates=(0.03, 3.0, 25), seeds=8, steps=1000, width=256
     ),
+    "paper": Preset(seeds=2, steps=3000, width=1024),
 }
 
 
@@ -76,8 +77,10 @@ def measure(preset: Preset, place: Place) -> Found:
 
 def row(preset: Preset, place: Place, optimizer: str, depth: int) -> dict[str, Any]:
     """Best rates over γ and their slope, for one optimizer and depth."""
+    stream = place.stream
+    build = partial(MLP, math.prod(stream.shape), stream.classes, width=preset.width, depth=depth)
     recipe = Recipe(
-        partial(MLP, 144, 10, width=preset.width, depth=depth), Digits(), "mse", optimizer, preset.steps,  # type: ignore[arg-type]
+        build, stream, "mse", optimizer, preset.steps,  # type: ignore[arg-type]
         depth=float(depth), device=place.device, dtype=torch.float64,
     )  # fmt: skip
     grid = Grid.log(preset.gammas, preset.sgd_rates if optimizer == "sgd" else preset.adam_rates, preset.seeds)

@@ -33,7 +33,7 @@ from scipy.stats import t as student
 from gammaopt import SGD, EtaLaw, wrap
 from gammaopt.diagnostics import hessian_eigenvalues
 from gammaopt.diagnostics._monitor import EDGE
-from gammaopt.online import MLP, Digits
+from gammaopt.online import MLP
 from gammaopt.online._device import seeded
 from gammaopt.online._losses import CRITERIA
 from gammaopt.report import draw_edge
@@ -75,6 +75,7 @@ PRESETS = {
     ),
     "cpu": Preset(),
     "gpu": Preset(width=256, samples=512, seeds=8, depths=(2, 3, 4, 5), spectrum_samples=2048, spectrum_steps=2000),
+    "paper": Preset(width=1024, samples=512, seeds=4, depths=(2, 3, 4, 5), spectrum_samples=2048, spectrum_steps=3000),
 }  # fmt: skip
 
 
@@ -99,7 +100,7 @@ def measure(preset: Preset, place: Place) -> Found:
 
 def measure_spectra(preset: Preset, place: Place) -> dict[str, Any]:
     """Twenty eigenvalues at the start and at the end of descents on digits."""
-    tasks = [(preset, gamma, place.device) for gamma in preset.spectrum_gammas]
+    tasks = [(preset, gamma, place) for gamma in preset.spectrum_gammas]
     spectra = on_all_cores(spectrum, tasks, place.cores)
     claims = []
     lazy = spectra[0]
@@ -112,13 +113,14 @@ def measure_spectra(preset: Preset, place: Place) -> dict[str, Any]:
     return {"claims": [asdict(claim) for claim in claims], "spectra": spectra}
 
 
-def spectrum(task: tuple[Preset, float, str]) -> dict[str, Any]:
+def spectrum(task: tuple[Preset, float, Place]) -> dict[str, Any]:
     """Of one γ."""
-    preset, gamma, device = task
-    x, y = (part[0] for part in Digits().batches(0, 0, 1, preset.spectrum_samples))
+    preset, gamma, place = task
+    stream, device = place.stream, place.device
+    x, y = (part[0] for part in stream.batches(0, 0, 1, preset.spectrum_samples))
     x, y = x.to(device, torch.float64), torch.nn.functional.one_hot(y, CLASSES).to(device, torch.float64)
     with seeded("cpu", 0):
-        net = MLP(144, CLASSES, width=preset.width, depth=3).double().to(device)
+        net = MLP(math.prod(stream.shape), CLASSES, width=preset.width, depth=3).double().to(device)
         model = wrap(net, gamma, depth=3.0, parametrization="mean_field")
     optimizer, criterion = SGD(model.parameters(), lr=preset.spectrum_rate), CRITERIA["mse"]
     found: dict[str, Any] = {"gamma": gamma}

@@ -29,7 +29,7 @@ from scipy.stats import t as student
 
 from gammaopt import EtaLaw
 from gammaopt.diagnostics import Grid, collapse, dynamics, portrait
-from gammaopt.online import MLP, Digits, Recipe, RunRecord, Staircase
+from gammaopt.online import MLP, Recipe, RunRecord, Staircase
 from gammaopt.report import draw_collapse
 
 TOLERANCE = 0.1  # of the plateaus' exponents
@@ -57,6 +57,7 @@ PRESETS = {
     "smoke": Preset(depths=(3,), steps=(600,), decades=(3,), seeds=1, width=16, stairs_steps=40),
     "cpu": Preset(),
     "gpu": Preset(steps=(1500, 8000, 20_000, 40_000), rate=2.0, seeds=16, width=256),
+    "paper": Preset(steps=(5000, 25_000, 60_000, 80_000), rate=2.0, seeds=4, width=1024, batch_size=128),
 }
 
 
@@ -82,7 +83,7 @@ def measure(preset: Preset, place: Place) -> Found:
 
 def train(preset: Preset, place: Place, depth: int, steps: int, decades: int) -> Curves:
     """Runs of one depth at the law's rate."""
-    stream = Digits()
+    stream = place.stream
     build = partial(MLP, math.prod(stream.shape), stream.classes, width=preset.width, depth=depth)
     recipe = Recipe(
         build, stream, "mse", "sgd", steps, preset.batch_size,

@@ -30,7 +30,7 @@ from scipy.stats import t
 
 from gammaopt._fit import critical_rates, fit_slopes
 from gammaopt.diagnostics import Grid, Portrait, portrait
-from gammaopt.online import MLP, Digits, Recipe
+from gammaopt.online import MLP, Recipe
 from gammaopt.report import draw_portrait
 
 
@@ -45,6 +45,7 @@ class Case:
     rates: tuple[float, float, int]
     budgets: tuple[int, ...] = (300,)
     seeds: int = 2
+    width: int = 64
 
     @property
     def seed_numbers(self) -> range:
@@ -77,6 +78,9 @@ PRESETS = {
         replace(case, seeds=8, budgets=tuple(3 * budget for budget in case.budgets), rates=(*case.rates[:2], 41))
         for case in CPU
     ),
+    "paper": tuple(
+        replace(case, seeds=4, budgets=tuple(10 * budget for budget in case.budgets), width=1024) for case in CPU
+    ),
 }
 
 
@@ -105,9 +109,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 def draw(case: Case, place: Place) -> Portrait:
     """Train the case's cells."""
+    stream = place.stream
     recipe = Recipe(
-        partial(MLP, 144, 10, width=64, depth=case.depth),
-        Digits(),
+        partial(MLP, math.prod(stream.shape), stream.classes, width=case.width, depth=case.depth),
+        stream,
         case.loss,  # type: ignore[arg-type]
         case.optimizer,  # type: ignore[arg-type]
         max(case.budgets),

@@ -11,6 +11,7 @@ Writes results/width_transfer/PRESET.json and .png beside this file and prints p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from _sweep import Job, best_rate, even, mean_score, run_all
 from matplotlib.figure import Figure
 from torch import nn
 
-from gammaopt.online import MLP, Digits, Recipe
+from gammaopt.online import MLP, Recipe
 
 BASE_WIDTH = 64
 SPREAD = 2.0  # largest over smallest best rate
@@ -74,6 +75,7 @@ PRESETS = {
     ),
     "cpu": Preset(),
     "gpu": Preset(widths=(64, 128, 256, 512, 1024, 2048), seeds=4, steps=500),
+    "paper": Preset(widths=(64, 128, 256, 512, 1024, 2048), seeds=2, steps=3000),
 }
 
 
@@ -157,21 +159,22 @@ def train(preset: Preset, place: Place, cells: list[Cell], scores: dict[Cell, fl
 
 
 def recipe(preset: Preset, place: Place, case: Case, width: int) -> Recipe:
+    stream = place.stream
     return Recipe(
-        partial(network, case.start, width),
-        Digits(),
+        partial(network, stream.shape, stream.classes, case.start, width),
+        stream,
         "mse",
         case.optimizer,  # type: ignore[arg-type]
         preset.steps,
         parametrization="mean_field" if case.form == "mean field" else "as_is",
         depth=3.0,
         device=place.device,
-        base=partial(network, case.start, BASE_WIDTH) if case.form == "base" else None,
+        base=partial(network, stream.shape, stream.classes, case.start, BASE_WIDTH) if case.form == "base" else None,
     )
 
 
-def network(start: str, width: int) -> MLP:
-    net = MLP(144, 10, width=width, depth=3)
+def network(shape: tuple[int, ...], classes: int, start: str, width: int) -> MLP:
+    net = MLP(math.prod(shape), classes, width=width, depth=3)
     if start == "normal":
         for parameter in net.parameters():
             nn.init.normal_(parameter, 0.0, parameter.shape[1] ** -0.5)

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from _experiment import Claim, Found, Place, above, below, kept, near, run, timed
 from _sweep import resumed
@@ -55,6 +56,16 @@ def test_a_part_is_made_once_and_has_no_nan(tmp_path: Path) -> None:
 def test_results_of_another_preset_are_in_another_file(tmp_path: Path) -> None:
     place = Place(tmp_path)
     assert place.file("a.json", ("width", 64)) != place.file("a.json", ("width", 65))
+
+
+def test_a_data_set_takes_the_place_of_the_digits(tmp_path: Path) -> None:
+    assert Place(tmp_path).stream.name == "digits"
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (300, 32, 32, 3), dtype=np.uint8), np.arange(300) % 10
+    np.savez(tmp_path / "part0.npz", X=images, Y=labels)
+    stream = Place(tmp_path, data=tmp_path).stream
+    assert (stream.shape, stream.classes) == ((3, 32, 32), 10)
+    assert stream.name.startswith("cifar5m")
 
 
 def test_seconds_of_all_calls_are_counted_also_of_one_that_failed(tmp_path: Path) -> None:

@@ -18,8 +18,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from _sweep import write
 from matplotlib.figure import Figure
+from scipy.stats import t as student
 
 from gammaopt.online import Digits, Stream, build_stream
 from gammaopt.online.streams._layouts import recognise
@@ -88,6 +90,18 @@ def below(
     """A number that is predicted below a bound; where it has an interval, that lies below it too."""
     holds = measured < bound and (interval is None or interval[1] < bound)
     return Claim(what, f"< {bound:g}", measured, interval, holds, "" if holds else why)
+
+
+def t_interval(values: Sequence[float], free: int | None = None) -> tuple[float, float] | None:
+    """Student's 95 % interval of a mean; ``None`` for one value.
+
+    ``free`` are the degrees of freedom, where the values are not independent: pairs of n things have n − 1.
+    """
+    if len(values) < 2:
+        return None
+    free = len(values) - 1 if free is None else free
+    half = float(student.ppf(0.975, free)) * float(np.std(values, ddof=1)) / math.sqrt(free + 1)
+    return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 
 @dataclass(frozen=True)

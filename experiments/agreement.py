@@ -24,10 +24,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from _experiment import Claim, Found, Place, above, kept, run
+from _experiment import Claim, Found, Place, above, kept, run, t_interval
 from _sweep import on_all_cores
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 from torch import Tensor, nn
 
 from gammaopt import SGD
@@ -37,8 +36,6 @@ from gammaopt.online._device import seeded
 from gammaopt.online._losses import CRITERIA, squared_target
 from gammaopt.online.record import log_spaced
 from gammaopt.online.train import fresh_model
-
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -199,13 +196,6 @@ def _aligned(preset: Preset, place: Place, model: nn.Module) -> float:
     return kernel_target_alignment(kernel, targets)
 
 
-def interval_of(values: Sequence[float], free: int | None = None) -> Interval:
-    """Student's t interval of a mean; ``free`` degrees of freedom where the values are not independent."""
-    free = len(values) - 1 if free is None else free
-    half = float(student.ppf(0.975, max(1, free))) * float(np.std(values, ddof=1)) / math.sqrt(free + 1)
-    return fmean(values) - half, fmean(values) + half
-
-
 def claims_of(preset: Preset, found: dict[str, Any]) -> list[Claim]:
     """Who agrees with whom at the end."""
     lazy, lazier = preset.gammas[1], preset.gammas[0]
@@ -216,21 +206,21 @@ def claims_of(preset: Preset, found: dict[str, Any]) -> list[Claim]:
     for a, b in ((lazier, lazy), (rich, richer)):
         gained = [same - other for same, other in zip(end[f"{a:g} {b:g}"], across, strict=True)]
         what = f"cosine of γ = {a:g} with {b:g} at the end, over that of {lazy:g} with {rich:g} ({fmean(across):.3f})"
-        claims.append(above(what, 0.0, fmean(gained), interval_of(gained)))
+        claims.append(above(what, 0.0, fmean(gained), t_interval(gained)))
     free = preset.seeds - 1  # pairs of the same few networks are not independent
     gained = [
         b - a
         for a, b in zip(found["across_seeds"][f"{lazier:g}"][-1], found["across_seeds"][f"{rich:g}"][-1], strict=True)
     ]
     what = f"cosine between seeds at the end, γ = {rich:g} over γ = {lazier:g}"
-    claims.append(above(what, 0.0, fmean(gained), interval_of(gained, free) if len(gained) > 1 else None))
+    claims.append(above(what, 0.0, fmean(gained), t_interval(gained, free)))
     start, ends = found["alignment"][f"{rich:g}"]
     gained = [b - a for a, b in zip(start, ends, strict=True)]
-    claims.append(above(f"NTK's alignment gained in training, γ = {rich:g}", 0.1, fmean(gained), interval_of(gained)))
+    claims.append(above(f"NTK's alignment gained in training, γ = {rich:g}", 0.1, fmean(gained), t_interval(gained)))
     lazy_ends = found["alignment"][f"{lazier:g}"][1]
     gained = [b - a for a, b in zip(lazy_ends, ends, strict=True)]
     what = f"alignment at the end, γ = {rich:g} over γ = {lazier:g}"
-    claims.append(above(what, 0.0, fmean(gained), interval_of(gained)))
+    claims.append(above(what, 0.0, fmean(gained), t_interval(gained)))
     return claims
 
 

@@ -23,9 +23,8 @@ from statistics import fmean
 from typing import Any
 
 from _descent import Descent, descended, measured, plain
-from _experiment import Claim, Found, Place, above, below, kept, run
+from _experiment import Claim, Found, Place, above, below, kept, run, t_interval
 from _sweep import LEARNED, on_all_cores
-from hessian_spectrum import over_seeds
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -124,7 +123,7 @@ def catapult_claims(preset: Preset, cells: Sequence[dict[str, Any]]) -> list[Cla
     highest = [max((c["catapult"] for c in lazy if c["seed"] == seed), default=0.0) for seed in range(preset.seeds)]
     fell = max((cell["sharpness_lr"][1] / cell["sharpness_lr"][0] for cell in lazy), default=math.inf)
     thrown = sum(cell["catapult"] is not None for cell in rich)
-    logs = over_seeds([math.log(max(height, 1e-9)) for height in highest])
+    logs = t_interval([math.log(max(height, 1e-9)) for height in highest])
     between = None if logs is None else (math.exp(logs[0]), math.exp(logs[1]))
     middle = math.exp(fmean(math.log(max(height, 1e-9)) for height in highest))
     return [
@@ -159,10 +158,10 @@ def measure_alignment(preset: Preset, place: Place) -> dict[str, Any]:
         dropped.append(end.loss[-1])
     stayed = [end.measured[-1].kernel_kept or 0.0 for end in lazy]
     claims = [
-        above(f"alignment gained on the plateau, γ = {RICH_GAMMA:g}", 0.1, fmean(gains), over_seeds(gains)),
-        above("its share of all that is ever gained", 0.3, fmean(shares), over_seeds(shares)),
+        above(f"alignment gained on the plateau, γ = {RICH_GAMMA:g}", 0.1, fmean(gains), t_interval(gains)),
+        above("its share of all that is ever gained", 0.3, fmean(shares), t_interval(shares)),
         below("loss at the end of these runs, over the start", 0.5, max(dropped)),
-        above(f"alignment of the kernel with its start, γ = {LAZY_GAMMA:g}", 0.95, fmean(stayed), over_seeds(stayed)),
+        above(f"alignment of the kernel with its start, γ = {LAZY_GAMMA:g}", 0.95, fmean(stayed), t_interval(stayed)),
         below("loss at the end of these runs, over the start", 0.8, max(end.loss[-1] for end in lazy)),
     ]
     found = {"rich": plain(rich[0]), "lazy": plain(lazy[0])}

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from _descent import Descent, descended, measured, plain
-from _experiment import Claim, Found, Place, above, kept, near, run
+from _experiment import Claim, Found, Place, above, kept, near, run, t_interval
 from _sweep import on_all_cores, slope
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -205,19 +205,11 @@ def measure_edge(preset: Preset, place: Place, points: Sequence[dict[str, Any]])
         free = next(10 ** p["log10_sharpness"] for p in points if (p["depth"], p["gamma"]) == (3, gamma))
         beyond = free * EtaLaw(3).lr(preset.edge_rate, gamma)
         claims.append(
-            near(f"sharpness × rate late, γ = {gamma:g}", 2, EDGE_BAR, statistics.mean(late), over_seeds(late))
+            near(f"sharpness × rate late, γ = {gamma:g}", 2, EDGE_BAR, statistics.mean(late), t_interval(late))
         )
         claims.append(above(f"what it would be without an edge, γ = {gamma:g}", 2 + EDGE_BAR, beyond))
         curves[f"γ = {gamma:g}"] = plain(mine[0])
     return {"claims": [asdict(claim) for claim in claims], "curves": curves}
-
-
-def over_seeds(values: Sequence[float]) -> tuple[float, float] | None:
-    """Student's t interval of a mean over seeds."""
-    if len(values) < 2:
-        return None
-    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.mean(values) - half, statistics.mean(values) + half
 
 
 def picture(parts: dict[str, Any]) -> Figure:

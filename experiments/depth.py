@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from _experiment import Found, Place, near, run
+from _sweep import slope
 from matplotlib.figure import Figure
 
 from gammaopt import EtaLaw
@@ -29,6 +30,7 @@ from gammaopt.diagnostics import Grid, portrait
 from gammaopt.online import MLP, Recipe
 
 TOLERANCE = 0.1
+BEND_ENDS = 30.0  # from where the power stands alone in a deep network too
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,12 @@ def measure(preset: Preset, place: Place) -> Found:
     """All cases."""
     rows = [row(preset, place, optimizer, depth) for optimizer, depth in preset.cases]
     claims = [
-        near(f"{row['optimizer']}, L = {row['depth']}", row["predicted"], TOLERANCE, row["measured"], row["interval"])
+        near(
+            f"{row['optimizer']}, L = {row['depth']}", row["predicted"], TOLERANCE, row["measured"], row["interval"],
+            f"the bend of a deep network is broad: {row['late']:.2f} from γ = {BEND_ENDS:g} on",
+        )
         for row in rows
-    ]
+    ]  # fmt: skip
     worst = max(abs(row["measured"] - row["predicted"]) for row in rows)
     deepest = max(depth for _, depth in preset.cases)
     meaning = (
@@ -90,6 +95,7 @@ def row(preset: Preset, place: Place, optimizer: str, depth: int) -> dict[str, A
     if slopes.rich is None or slopes.rich_interval is None:
         raise ValueError(f"{optimizer}, L = {depth}: too few best rates lie inside the grid; widen it")
     law = EtaLaw(depth, optimizer)  # type: ignore[arg-type]
+    late = [point for point in points if point.gamma > BEND_ENDS]
     of = {gamma: [math.log10(p.lr / law.factor(gamma)) for p in points if p.gamma == gamma] for gamma in grid.gammas}
     return {
         "optimizer": optimizer,
@@ -99,6 +105,7 @@ def row(preset: Preset, place: Place, optimizer: str, depth: int) -> dict[str, A
         "predicted": law.rich,
         "measured": round(slopes.rich, 4),
         "interval": tuple(round(end, 4) for end in slopes.rich_interval),
+        "late": round(slope([math.log(p.gamma) for p in late], [math.log(p.lr) for p in late])[0], 4),
         "outside": len(grid.gammas) * preset.seeds - len(points),
     }
 
@@ -106,7 +113,7 @@ def row(preset: Preset, place: Place, optimizer: str, depth: int) -> dict[str, A
 def picture(rows: list[dict[str, Any]]) -> Figure:
     """log₁₀ c of the best rate against γ, a panel for each optimizer: a level line is a perfect law."""
     optimizers = list(dict.fromkeys(row["optimizer"] for row in rows))
-    figure = Figure(figsize=(5.4 * len(optimizers), 4), layout="constrained")
+    figure = Figure(figsize=(5.4 * len(optimizers), 4.6), layout="constrained")
     for axes, optimizer in zip(figure.subplots(1, len(optimizers), squeeze=False)[0], optimizers, strict=True):
         for row in (row for row in rows if row["optimizer"] == optimizer):
             label = f"L = {row['depth']}: {row['measured']:.2f} ({row['predicted']:.2f} predicted)"
@@ -116,7 +123,7 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
         axes.set_ylabel("log₁₀ of best η / s(γ)")
         axes.set_title(optimizer, fontsize=10)
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return figure
 
 

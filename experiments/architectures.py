@@ -7,8 +7,8 @@ At each γ the largest rate that trains is found by bisection: it ends with less
 exponent is the slope of its logarithm in log γ, with a 95 % interval over γ and seeds. L_eff is what
 gammaopt.effective_depth measures at initialisation. The CNN is homogeneous, so there theory speaks: 2/L_eff = 2/depth.
 A normalised network is not, and its row says how far the law goes with the L_eff that ``wrap`` measures. Edges are kept
-in --work, so a killed run goes on.
-The slopes between neighbouring γ are told too: a power law has the same everywhere.
+in --work, so a killed run goes on. The slopes between neighbouring γ are told too: a power law has the same everywhere.
+Effective depth and knee at the start are told of a ResNet without normalisation too, whose plateau no CPU trains past.
 Writes results/architectures/PRESET.json and .png and prints predicted | measured | interval | holds.
 """
 
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,13 +28,18 @@ from _experiment import Claim, Found, Place, near, run
 from _sweep import EdgeJob, slope, stable_edges
 from matplotlib.figure import Figure
 from scipy.stats import t as student
-from torch import nn
+from torch import Tensor, nn
 
-from gammaopt import EtaLaw, effective_depth, wrap
+from gammaopt import EtaLaw, effective_depth, knee, wrap
 from gammaopt.online import Photos, Recipe, build_model
 
 TOLERANCE = 0.2
 STREAM = Photos(scale=(1.0, 1.25), colour=0.1, brightness=0.05, noise=0.03)  # easy: a few hundred steps learn it
+
+
+Knobs = tuple[tuple[str, Any], ...]
+LOOKED_AT = 4  # seeds whose effective depth and knee are told
+PLAIN_RESNET = (("width", 4), ("depth", 2), ("norm", "none"))
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Case:
 
     title: str
     model: str
-    knobs: tuple[tuple[str, int], ...]
+    knobs: Knobs
     rates: tuple[float, float]
     steps: int
     batch_size: int
@@ -57,11 +63,13 @@ class Preset:
     cases: tuple[Case, ...]
     gammas: tuple[float, ...] = (1.0, 30.0, 1000.0)
     tolerance: float = 0.1  # decades
+    looked_at: tuple[tuple[str, str, Knobs], ...] = (("ResNet-18 without normalisation", "resnet18", PLAIN_RESNET),)
     learned: float = 0.88  # of the loss of f = 0; the best constant answer to ten classes has 0.9
 
 
 PRESETS = {
     "smoke": Preset(
+        looked_at=(),
         cases=(Case("CNN", "cnn", (("width", 4), ("depth", 3)), (-1.0, 1.2), 20, 8, False, seeds=1),),
         gammas=(1.0, 10.0, 30.0),
         tolerance=0.4,
@@ -79,6 +87,16 @@ PRESETS = {
             Case("CNN", "cnn", (("width", 64), ("depth", 4)), (-1.5, 1.5), 2000, 64, False, seeds=3),
             Case("ViT", "vit", (("width", 128), ("depth", 4), ("patch", 4)), (-1.5, 1.5), 2000, 64, True, seeds=3),
             Case("ResNet-18", "resnet18", (("width", 32), ("depth", 2)), (-1.5, 2.0), 1000, 64, True, seeds=3),
+            Case(
+                "ResNet-18 without normalisation",
+                "resnet18",
+                (("width", 32), ("depth", 2), ("norm", "none")),
+                (-2.0, 2.0),
+                5000,
+                64,
+                False,
+                seeds=3,
+            ),
         ),
         gammas=(1.0, 10.0, 100.0, 1000.0),
     ),
@@ -98,7 +116,7 @@ def measure(preset: Preset, place: Place) -> Found:
     meaning = (
         f"The largest rate that trains the paper's architectures, measured and in brackets as 2/L_eff says: {told}."
     )
-    return Found(claims, meaning, picture(rows), {"rows": rows})
+    return Found(claims, meaning, picture(rows), {"rows": rows}, table(preset))
 
 
 def measure_rows(preset: Preset, place: Place) -> list[dict[str, Any]]:
@@ -130,16 +148,34 @@ def edge_job(preset: Preset, place: Place, case: Case, depth: float, gamma: floa
     return EdgeJob(recipe, gamma, seed, *case.rates, preset.learned, preset.tolerance)
 
 
+def fresh(model: str, knobs: Knobs, seed: int) -> nn.Module:
+    """The network of a seed in mean-field form."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        net: nn.Module = build_model(model, STREAM.shape, STREAM.classes, **dict(knobs))
+        return wrap(net, 1.0, depth=1.0, parametrization="mean_field")
+
+
+def images(seed: int) -> Tensor:
+    """128 crops."""
+    return STREAM.batches(seed, 0, 1, 128)[0][0]
+
+
 def mean_depth(case: Case) -> float:
-    """L_eff in mean-field form, over the runs' networks, on 128 crops each."""
-    total = 0.0
-    for seed in range(case.seeds):
-        net: nn.Module = build_model(case.model, STREAM.shape, STREAM.classes, **dict(case.knobs))
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
-            wrap(net, 1.0, depth=1.0, parametrization="mean_field")
-        total += effective_depth(net, STREAM.batches(seed, 0, 1, 128)[0][0])
-    return total / case.seeds
+    """L_eff in mean-field form, over ``LOOKED_AT`` networks, on 128 crops each."""
+    return fmean(effective_depth(fresh(case.model, case.knobs, seed), images(seed)) for seed in range(LOOKED_AT))
+
+
+def table(preset: Preset) -> str:
+    """Markdown: effective depth and knee at the start, lowest … highest of some seeds, of networks not trained too."""
+    rows = ["| network, mean-field form | L_eff | knee γ_c |", "|---|---|---|"]
+    nets = [(case.title, case.model, case.knobs) for case in preset.cases]
+    for title, model, knobs in (*nets, *preset.looked_at):
+        made = [fresh(model, knobs, seed) for seed in range(LOOKED_AT)]
+        depths = [effective_depth(net, images(seed)) for seed, net in enumerate(made)]
+        knees = [knee(net, images(seed)) for seed, net in enumerate(made)]
+        rows.append(f"| {title} | {min(depths):.2f} … {max(depths):.2f} | {min(knees):.2f} … {max(knees):.2f} |")
+    return "\n".join(rows)
 
 
 def row(case: Case, depth: float, gammas: Sequence[float], edges: list[list[float]]) -> dict[str, Any]:

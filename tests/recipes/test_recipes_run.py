@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import multiprocessing
 import os
 import re
-import subprocess
+import runpy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 LIMIT = 120  # seconds; a hang is a failure
 LINES = 120
+PRELOADED = ["torch", "sklearn.datasets", "scipy.stats", "skimage", "torchvision", "tqdm", "gammaopt"]
 LAST = re.compile(r"accuracy (\d+\.\d) %(?: at γ = \S+)? \(chance (\d+\.\d) %.*\)")
 
 # Arguments that make it quick, points above chance it must reach, and what it needs beside torch and the extra "tune".
@@ -36,6 +39,17 @@ CASES: dict[str, tuple[str, float, tuple[str, ...]]] = {
 }
 
 
+def run(script: Path, words: list[str], environment: Mapping[str, str], folder: Path) -> None:
+    """What ``python SCRIPT WORDS`` does, in ``folder``, with its output in files there."""
+    os.environ.update(environment)
+    os.chdir(folder)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT, 0o600), number)
+    sys.argv[:] = [str(script), *words]
+    sys.path[0] = str(script.parent)
+    runpy.run_path(str(script), run_name="__main__")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_runs_and_learns(case: str, tmp_path: Path) -> None:
     options, margin, needs = CASES[case]
@@ -45,22 +59,22 @@ def test_runs_and_learns(case: str, tmp_path: Path) -> None:
     if "muon" in case:
         pytest.importorskip("torch.optim._muon", reason="torch.optim.Muon came with torch 2.9")
     script = ROOT / "recipes" / f"{case.split()[0]}.py"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [sys.executable, str(script), *options.split()],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        env=environment,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(r"^γ = .* s\(γ\) = ", done.stdout, flags=re.MULTILINE), "no plan table"
-    assert "effective rate" in done.stdout
-    assert "it/s" in done.stderr + done.stdout, "no progress bar"
-    last = LAST.search(done.stdout.strip().splitlines()[-1])
-    assert last is not None, done.stdout[-500:]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    context = multiprocessing.get_context("forkserver")  # torch is imported once for all
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=run, args=(script, options.split(), environment, tmp_path))
+    process.start()
+    process.join(LIMIT)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    printed, progress = ((tmp_path / name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
+    assert process.exitcode == 0, progress[-3000:]
+    assert re.search(r"^γ = .* s\(γ\) = ", printed, flags=re.MULTILINE), "no plan table"
+    assert "effective rate" in printed
+    assert "it/s" in progress + printed, "no progress bar"
+    last = LAST.search(printed.strip().splitlines()[-1])
+    assert last is not None, printed[-500:]
     accuracy, chance = map(float, last.groups())
     assert accuracy > chance + margin
 

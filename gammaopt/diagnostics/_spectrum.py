@@ -71,7 +71,7 @@ def hessian_eigenvalues(
     *,
     matrix: Matrix = "hessian",
     method: Method = "lanczos",
-    tol: float = 1e-6,
+    tol: float = 1e-5,
     max_products: int | None = None,
     basis: int | None = None,
     vectors: bool = False,

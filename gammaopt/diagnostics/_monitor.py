@@ -148,6 +148,8 @@ class Monitor:
     ) -> None:
         if share is not None and not 0 < share <= 1:
             raise UsageError(f"share={share:g} is no share of time; give 0 < share <= 1, or None for no limit")
+        if isinstance(measures, str):
+            raise UsageError(f"measures={measures!r} is one word; give a tuple: ({measures!r},)")
         for measure in measures:
             one_of("measure", measure, get_args(Measure))
         at_least("per_decade", per_decade, 1), at_least("kernel_samples", kernel_samples, 2)

@@ -173,6 +173,7 @@ def test_verdicts_tell_lazy_from_rich() -> None:
     ("settings", "message"),
     [
         ({"share": 0.0}, "share=0 is no share of time; give 0 < share <= 1"),
+        ({"measures": "sharpness"}, r"measures='sharpness' is one word; give a tuple: \('sharpness',\)"),
         ({"measures": ("ntks",)}, "unknown measure 'ntks'; choose one of: sharpness, ntk, features"),
         ({"per_decade": 0}, "per_decade=0 is too small"),
         ({"kernel_samples": 1}, "kernel_samples=1 is too small"),

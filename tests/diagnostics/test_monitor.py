@@ -189,6 +189,8 @@ def test_a_list_of_batches_is_refused() -> None:
     model, optimizer = fresh()
     with pytest.raises(UsageError, match="a monitor takes one batch, and data has 2"):
         Monitor(model, optimizer, "mse", [(X, Y), (X, Y)])  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"does not take outputs of shape \(32, 1\) float64 with targets of shape"):
+        Monitor(model, optimizer, "mse", (X, Y[:5]), measures=())
 
 
 def test_without_tensorboard_a_folder_for_it_is_refused_in_words(

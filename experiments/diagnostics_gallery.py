@@ -55,10 +55,13 @@ class Preset:
     k: int = 20
     probes: int = 4
     rich: tuple[float, ...] = (30.0, 100.0, 300.0)
+    per_decade: int = 12  # steps measured at in each factor of 10
 
 
 PRESETS = {
-    "smoke": Preset(width=32, samples=64, steps=150, catapult_steps=60, k=6, probes=1, rich=(100.0, 300.0)),
+    "smoke": Preset(
+        width=32, samples=64, steps=150, catapult_steps=60, k=6, probes=1, rich=(100.0, 300.0), per_decade=5
+    ),
     "cpu": Preset(),
 }
 
@@ -78,7 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def watch(preset: Preset, gamma: float, rate: float, steps: int, seed: int = 0) -> Monitor:
     """One run with a monitor along it."""
-    return descend(Descent(preset.width, preset.samples, gamma, rate, seed, steps=steps, measures=FULL))
+    each = preset.per_decade
+    return descend(
+        Descent(preset.width, preset.samples, gamma, rate, seed, steps=steps, measures=FULL, per_decade=each)
+    )
 
 
 def samples(preset: Preset) -> tuple[Tensor, Tensor]:

@@ -124,7 +124,12 @@ def relative_curve(curve: Any, *, start: float | None = None) -> tuple[Array, Ar
 
 def _arrays(curve: Any) -> tuple[Array, Array]:
     curve = getattr(curve, "curve", curve)
-    steps, losses = (curve.steps, curve.loss) if hasattr(curve, "steps") else curve
+    try:
+        steps, losses = (curve.steps, curve.loss) if hasattr(curve, "steps") else curve
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"a curve is a {type(curve).__name__} that is no pair; give a run's record, or (steps, losses)"
+        ) from None
     t, y = np.asarray(steps, dtype=float), np.asarray(losses, dtype=float)
     if t.shape != y.shape or t.ndim != 1 or len(t) == 0:
         raise UsageError(f"a curve of {t.size} steps and {y.size} losses; give as many losses as steps, at least one")

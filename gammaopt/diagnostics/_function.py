@@ -42,6 +42,8 @@ class Function:
 
     def __init__(self, model: nn.Module, output: Output | None = None, dtype: torch.dtype = DOUBLE) -> None:
         model = getattr(model, "_orig_mod", model)  # torch.compile's cover
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"model is a {type(model).__name__}; give the network, a torch.nn.Module, first")
         _check(model)
         # Lightning's way of not copying a module's trainer and its data with it.
         alone = getattr(model, "_prevent_trainer_and_dataloaders_deepcopy", nullcontext)
@@ -91,7 +93,7 @@ class Function:
             found = select(call(self.module, inputs), self.output, self.module)
         except UsageError:
             raise
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UsageError(
                 f"inputs of {describe(inputs)} do not fit {type(self.module).__name__}: {reason}; "
@@ -187,7 +189,33 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 def loss_function(loss: str | LossFunction) -> LossFunction:
     """A loss by its name, ``"mse"`` or ``"cross_entropy"`` as in training here, or as it is."""
+    if isinstance(loss, type):
+        raise UsageError(f"loss is the class {loss.__name__}; give one of it, as {loss.__name__}()")
     return loss if callable(loss) else CRITERIA[one_of("loss", loss, CRITERIA)]
+
+
+def loss_of(criterion: LossFunction, output: Tensor, targets: Any) -> Tensor:
+    """The scalar loss of one batch.
+
+    Raises:
+        UsageError: if the loss does not take these outputs and targets, says nothing of them, or gives no scalar.
+    """
+    if criterion is CRITERIA["cross_entropy"] and output.dim() > 1 and output.shape[1] == 1:
+        raise UsageError(
+            "cross-entropy over one class is 0 at any weights; give the network an output for each class, or loss='mse'"
+        )
+    try:
+        value = criterion(output, targets)
+    except UsageError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"the loss does not take outputs of {describe(output)} with targets of {describe(targets)}: {reason}"
+        ) from error
+    if not (isinstance(value, Tensor) and value.dim() == 0):
+        raise UsageError(f"the loss gives {describe(value)}; it must give one scalar, a mean or a sum")
+    return value
 
 
 class Batches:

@@ -75,19 +75,28 @@ class Krylov:
         """Whether nothing is pending: the basis spans an invariant subspace."""
         return self.done == self.count
 
-    def _orthogonal(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """What the basis lacks of ``vector``, and its coefficients in the basis; twice is enough."""
+    def _orthogonal(self, vector: Tensor) -> tuple[Tensor, Tensor, float]:
+        """What the basis lacks of ``vector``, its coefficients in the basis, and the norm of what it lacks.
+
+        Once more only where more than half of a vector was taken away: what rounding leaves of the basis in a rest is
+        of the size of the whole vector, and twice is enough (Daniel, Gragg, Kaufman and Stewart 1976).
+        """
         basis = self._basis[: self.count]
-        coefficients = basis @ vector
-        vector = vector - coefficients @ basis
-        again = basis @ vector
-        return vector - again @ basis, coefficients + again
+        coefficients = torch.zeros_like(basis[:, 0])
+        norm = float(vector.norm())
+        for _ in range(2):
+            before, part = norm, basis @ vector
+            vector = torch.addmv(vector, basis.T, part, alpha=-1)
+            coefficients += part
+            norm = float(vector.norm())
+            if norm > before / 2:
+                break
+        return vector, coefficients, norm
 
     def _join(self, vector: Tensor) -> float:
         """Append what is new of a vector; 0 if nothing is."""
         before = float(vector.norm())
-        rest, _ = self._orthogonal(vector)
-        norm = float(rest.norm())
+        rest, _, norm = self._orthogonal(vector)
         if not norm > 1e-10 * before or self.full:
             return 0.0
         self._basis[self.count] = rest / norm
@@ -109,10 +118,9 @@ class Krylov:
     def advance(self) -> None:
         """One product, of the first pending vector."""
         product = self._multiply(self._basis[self.done])
-        rest, coefficients = self._orthogonal(product)
+        rest, coefficients, norm = self._orthogonal(product)
         column = coefficients.double().cpu().numpy()
         self._matrix[: self.count, self.done] = column
-        norm = float(rest.norm())
         self._scale = max(self._scale, float(product.norm()))
         self.done += 1
         epsilon = torch.finfo(self._basis.dtype).eps

@@ -30,7 +30,7 @@ from gammaopt._roles import CONVS
 TRIAL_TOL = 1e3  # times the dtype's epsilon, relative: the sum of the parts against autograd's gradient
 GRAM_BYTES = 2**28  # for an intermediate matrix
 CACHE_BYTES = 2**22  # of it at a time on a CPU: made and used up before it leaves the cache
-LEAST_UNITS = 16  # whose gradients are made at a time, if memory allows
+LEAST_UNITS = 64  # whose gradients are made at a time, if memory allows
 ROWS = 32  # samples whose rows of a symmetric matrix are made at a time, up to the diagonal
 # What an entry costs beside a multiply-add in a large matrix product, in such multiply-adds; measured in float64.
 PAIR_COST = 20.0  # to multiply two entries and add them up

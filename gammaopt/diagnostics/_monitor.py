@@ -29,7 +29,7 @@ from gammaopt._files import locked
 from gammaopt._laws import EtaLaw
 from gammaopt._plan import Plan
 from gammaopt._probe import Inputs, Output
-from gammaopt.diagnostics._function import Batches, Function, LossFunction, loss_function, undisturbed
+from gammaopt.diagnostics._function import Batches, Function, LossFunction, loss_function, loss_of, undisturbed
 from gammaopt.diagnostics._kernels import centred_kernel_alignment, feature_kernel, kernel_target_alignment, ntk
 from gammaopt.diagnostics._spectrum import sharpness
 from gammaopt.online._losses import hits
@@ -148,6 +148,8 @@ class Monitor:
     ) -> None:
         if share is not None and not 0 < share <= 1:
             raise UsageError(f"share={share:g} is no share of time; give 0 < share <= 1, or None for no limit")
+        if isinstance(measures, str):
+            raise UsageError(f"measures={measures!r} is one word; give a tuple: ({measures!r},)")
         for measure in measures:
             one_of("measure", measure, get_args(Measure))
         at_least("per_decade", per_decade, 1), at_least("kernel_samples", kernel_samples, 2)
@@ -256,7 +258,7 @@ class Monitor:
         targets = function.to(targets)
         with undisturbed(function.device), torch.no_grad():
             output = function(inputs)
-            loss = float(self._criterion(output, targets))
+            loss = float(loss_of(self._criterion, output, targets))
         classes = isinstance(targets, Tensor) and not targets.is_floating_point() and output.dim() == 2
         return loss, float(hits(output, targets).double().mean()) if classes else None
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gammaopt._errors import UsageError, one_of
-from gammaopt._probe import Output, describe
+from gammaopt._probe import Output
 from gammaopt.diagnostics._function import (
     DOUBLE,
     Batches,
@@ -24,6 +24,7 @@ from gammaopt.diagnostics._function import (
     Function,
     LossFunction,
     loss_function,
+    loss_of,
     undisturbed,
 )
 
@@ -137,9 +138,7 @@ class Curvature:
         loss, samples = 0.0, 0
         for batch in self._prepared():
             output = self._function(batch.inputs, batch.start)
-            value = self._criterion(output, batch.targets)
-            if not (isinstance(value, Tensor) and value.dim() == 0):
-                raise UsageError(f"the loss gives {describe(value)}; it must give one scalar, a mean or a sum")
+            value = loss_of(self._criterion, output, batch.targets)
             weight = len(output) if self._mean else 1
             loss, samples = loss + weight * float(value.detach()), samples + weight
             make = self._ggn_graph if self._ggn else self._hessian_graph

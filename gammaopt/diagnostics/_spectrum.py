@@ -71,7 +71,7 @@ def hessian_eigenvalues(
     *,
     matrix: Matrix = "hessian",
     method: Method = "lanczos",
-    tol: float = 1e-6,
+    tol: float = 1e-5,
     max_products: int | None = None,
     basis: int | None = None,
     vectors: bool = False,
@@ -331,6 +331,11 @@ def spectral_density(
 def _operator(
     model: nn.Module, loss: str | LossFunction, data: Data, optimizer: torch.optim.Optimizer | None, **settings: Any
 ) -> Curvature:
+    if optimizer is not None and not isinstance(optimizer, torch.optim.SGD):
+        raise UsageError(
+            f"{type(optimizer).__name__} does not step by rate × gradient, so its rates say nothing of its edge of "
+            "stability; leave optimizer= out, or give the SGD that trains the model"
+        )
     rates = None if optimizer is None else rates_of(optimizer, model)
     return Curvature(model, loss, data, rates=rates, **settings)
 

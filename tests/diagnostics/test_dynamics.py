@@ -75,6 +75,8 @@ def test_curves_that_differ_in_time_only_collapse_and_others_do_not() -> None:
     [
         (lambda: dynamics(([], [])), "a curve of 0 steps"),
         (lambda: dynamics(([1, 2], [1.0])), "a curve of 2 steps and 1 losses"),
+        (lambda: dynamics([1.0, 0.9, 0.5]), r"a curve is a list that is no pair; .*\(steps, losses\)"),
+        (lambda: collapse(["run.jsonl"] * 2), "a curve is a str that is no pair"),
         (lambda: dynamics(([0, 1], [1.0, 1.0])), "must ascend from above 0"),
         (lambda: dynamics(([1], [0.0])), "start=0 is not allowed"),
         (lambda: dynamics(([1], [1.0]), moved=1.5), "moved=1.5 is no share"),

@@ -231,6 +231,10 @@ def test_alignments_are_their_formulas() -> None:
             r"the NTK is a function of single samples, and '1' normalises.*model\.eval\(\)",
         ),
         (lambda: ntk(nn.Linear(3, 2).requires_grad_(False), draw(4, 3)), "no trainable parameters"),
+        (
+            lambda: ntk(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)), [(draw(4, 3), draw(4, 2))]),  # type: ignore[arg-type]
+            r"inputs of .*\(4, 3\).* do not fit Sequential: 'tuple' object has no attribute 'flatten'",
+        ),
         (lambda: ntk(nn.Linear(3, 2), draw(4, 3), chunk=0), "chunk=0 is too small"),
         (
             lambda: centred_kernel_alignment(draw(3, 3), draw(4, 4)),

@@ -66,3 +66,36 @@ def test_a_basis_that_restarts_takes_a_second_look_too() -> None:
     values = np.concatenate([[5.0, 5.0, 4.0, 4.0, 3.0, 2.5, 2.0, 1.5], 0.5 * np.exp(-np.arange(600) / 30)])
     ours, _ = found(values, "largest", capacity=24)
     np.testing.assert_allclose(ours, leading(values, "largest"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_basis_stays_orthonormal_though_most_vectors_are_cleaned_once(dtype: torch.dtype) -> None:
+    values = torch.from_numpy(EDGES["one sign, decaying"]).to(dtype)  # large ones converge early and come back
+    draw = torch.Generator().manual_seed(0)
+    start = torch.randn(1, len(values), generator=draw, dtype=torch.float64).to(dtype)
+    space = Krylov(lambda vector: values * vector, start, 161, draw)
+    for step in range(160):
+        if step == 80:
+            space.add_random()
+            space.turn()
+        space.advance()
+    basis = space._basis[: space.count]
+    apart = (basis @ basis.T - torch.eye(len(basis), dtype=dtype)).abs().max()
+    assert float(apart) < 50 * torch.finfo(dtype).eps
+
+
+def test_only_numbers_of_the_small_matrix_leave_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    for leave in ("cpu", "numpy", "tolist", "item"):
+        plain_way = getattr(Tensor, leave)
+
+        def watched(self: Tensor, *args: Any, way: Any = plain_way) -> Any:
+            taken.append(self.numel())
+            return way(self, *args)
+
+        monkeypatch.setattr(Tensor, leave, watched)
+    values = EDGES["one sign, decaying"]
+    ours, _ = found(values, "largest", capacity=60)
+    np.testing.assert_allclose(ours, leading(values, "largest"), rtol=1e-5)
+    assert taken
+    assert max(taken) <= 60 < len(values)

@@ -173,6 +173,7 @@ def test_verdicts_tell_lazy_from_rich() -> None:
     ("settings", "message"),
     [
         ({"share": 0.0}, "share=0 is no share of time; give 0 < share <= 1"),
+        ({"measures": "sharpness"}, r"measures='sharpness' is one word; give a tuple: \('sharpness',\)"),
         ({"measures": ("ntks",)}, "unknown measure 'ntks'; choose one of: sharpness, ntk, features"),
         ({"per_decade": 0}, "per_decade=0 is too small"),
         ({"kernel_samples": 1}, "kernel_samples=1 is too small"),
@@ -188,6 +189,8 @@ def test_a_list_of_batches_is_refused() -> None:
     model, optimizer = fresh()
     with pytest.raises(UsageError, match="a monitor takes one batch, and data has 2"):
         Monitor(model, optimizer, "mse", [(X, Y), (X, Y)])  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"does not take outputs of shape \(32, 1\) float64 with targets of shape"):
+        Monitor(model, optimizer, "mse", (X, Y[:5]), measures=())
 
 
 def test_without_tensorboard_a_folder_for_it_is_refused_in_words(

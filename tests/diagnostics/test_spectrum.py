@@ -377,6 +377,26 @@ X, Y = draw(8, 6), torch.arange(8) % 2
             "the loss on the data is (nan|inf|-inf)",
         ),
         (lambda: hessian_eigenvalues(frozen().requires_grad_(False), "mse", (X, Y), 1), "no trainable parameters"),
+        (
+            lambda: hessian_eigenvalues(cast("Any", "mse"), cast("Any", frozen()), (X, Y), 1),
+            "model is a str; give the network",
+        ),
+        (
+            lambda: hessian_eigenvalues(frozen(), cast("Any", nn.MSELoss), (X, Y), 1),
+            r"loss is the class MSELoss; give one of it, as MSELoss\(\)",
+        ),
+        (
+            lambda: hessian_eigenvalues(nn.Linear(6, 1), "cross_entropy", (X, X[:, :1]), 1),
+            "cross-entropy over one class is 0 at any weights",
+        ),
+        (
+            lambda: hessian_eigenvalues(frozen(), "cross_entropy", (X, torch.full((8,), 9)), 1),
+            r"outputs of shape \(8, 2\) float64 with targets of shape \(8,\) int64: Target 9 is out of bounds",
+        ),
+        (
+            lambda: sharpness((net := frozen()), "mse", (X, Y), optimizer=torch.optim.Adam(net.parameters())),
+            "Adam does not step by rate × gradient",
+        ),
         (lambda: hessian_trace(frozen(), "mse", (X, Y), products=5), "products=5 is too small; give at least 6"),
         (lambda: spectral_density(frozen(), "mse", (X, Y), steps=1), "steps=1 is too small"),
         (lambda: Curvature(frozen(), "mse", (X, Y))(torch.zeros(3)), r"shape \(3,\) does not fit 18 trainable"),

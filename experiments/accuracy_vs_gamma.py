@@ -32,7 +32,7 @@ from gammaopt.online import MLP, Recipe, RunRecord
 from gammaopt.tuning import Confirmation, paired_t
 
 Array = NDArray[np.float64]
-METRICS = {"prequential_accuracy": "prequential", "final_accuracy": "at the end"}
+METRICS = {"prequential_accuracy": "prequential accuracy", "final_accuracy": "accuracy at the end"}
 FRESH = 1000  # the first fresh seed
 RESAMPLES = 2000
 
@@ -205,7 +205,7 @@ def picture(sweeps: Sequence[Sweep]) -> Figure:
             axes.axvline(1.0, color="grey", linewidth=0.8, linestyle=":")
             axes.set_xscale("log")
             axes.set_xlabel("feature-learning strength γ")
-            axes.set_ylabel(f"accuracy {told}, %")
+            axes.set_ylabel(f"{told}, %")
             axes.set_title(found.loss.replace("_", "-"), fontsize=10)
             axes.grid(alpha=0.25)
             axes.legend(frameon=False, fontsize=8)

@@ -125,18 +125,24 @@ def name_of(result: TuneResult) -> str:
     """Task, loss, optimizer and budget."""
     names = result.plan.names()
     loss = names["loss"].replace("_", "-")
-    return f"{names['task']}, {loss}, {names['optimizer'].upper()}, {result.plan.run_budget().steps} steps"
+    optimizer = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}[names["optimizer"]]
+    return f"{names['task']}, {loss}, {optimizer}, {result.plan.run_budget().steps} steps"
 
 
 def picture(results: Sequence[TuneResult], verdicts: Sequence[str]) -> Figure:
-    """Accuracy against γ, one panel for each study."""
+    """Accuracy against γ, one panel for each study: trials, and the fresh seeds of tuned γ (red) and γ = 1 (blue)."""
     columns = min(3, len(results))
     rows = math.ceil(len(results) / columns)
     figure = Figure(figsize=(4.6 * columns, 3.5 * rows), layout="constrained")
     panels: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, result, told in zip(panels, results, verdicts, strict=False):
         gamma_curve_on(axes, result)
-        axes.set_title(f"{name_of(result)}: {told}", fontsize=8)
+        axes.get_legend().remove()  # it would cover what it names; the page has the numbers
+        tuned, one = result.arms["tuned"], result.arms["one_equal_budget"]
+        scores = (
+            f"{100 * tuned.confirmed_score:.1f} % at γ = {tuned.gamma:.2g}, {100 * one.confirmed_score:.1f} % at γ = 1"
+        )
+        axes.set_title(f"{name_of(result)}\n{scores}: {told}", fontsize=8)
     for axes in panels[len(results) :]:
         axes.set_visible(False)
     return figure

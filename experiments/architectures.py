@@ -79,7 +79,7 @@ PRESETS = {
         cases=(
             Case("CNN", "cnn", (("width", 8), ("depth", 3)), (-1.0, 1.2), 300, 16, False),
             Case("ViT", "vit", (("width", 32), ("depth", 2), ("patch", 8)), (-1.0, 1.2), 300, 16, True),
-            Case("ResNet-18", "resnet18", (("width", 4), ("depth", 2)), (-1.0, 2.0), 150, 16, True, seeds=1),
+            Case("ResNet-18", "resnet18", (("width", 4), ("depth", 2)), (-1.0, 2.0), 150, 16, True),
         ),
     ),
     "gpu": Preset(

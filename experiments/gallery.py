@@ -52,6 +52,7 @@ def page(found: Mapping[str, Mapping[str, Result]]) -> str:
         "| experiment | holds | device | time |",
         "|---|---|---|---|",
         *(overview(name, presets) for name, presets in found.items()),
+        *(together(preset, found) for preset in SHOWN if any(preset in presets for presets in found.values())),
     ]
     for name, presets in found.items():
         lines += ["", *section(name, presets)]
@@ -69,6 +70,13 @@ def overview(name: str, presets: Mapping[str, Result]) -> str:
     result = presets.get("gpu") or next(iter(presets.values()))
     held, total = counts([result])
     return f"| [{name}](#{name}) | {held} of {total} | {result['machine']} | {duration(result['seconds'])} |"
+
+
+def together(preset: str, found: Mapping[str, Mapping[str, Result]]) -> str:
+    """The last lines of the table of contents: a preset of all experiments."""
+    results = [presets[preset] for presets in found.values() if preset in presets]
+    held, total = counts(results)
+    return f"| all, {preset} | {held} of {total} | | {duration(sum(result['seconds'] for result in results))} |"
 
 
 def duration(seconds: float) -> str:

@@ -39,6 +39,7 @@ def test_the_page_shows_claims_commands_and_what_was_not_measured(tmp_path: Path
     assert "**gpu**: not measured; `python experiments/second.py --preset gpu`" in text
     assert "**gpu**: `python experiments/second.py --preset cpu`; a large GPU, cpu; 2026-01-01, 4 min; torch 9." in text
     assert "| [phase_portrait](#phase_portrait) | 1 of 1 | a large GPU | 4 min |" in text
+    assert "| all, cpu | 1 of 2 | | 8 min |" in text
     assert "surrogates" not in text
     assert "smoke" not in text
 

@@ -137,7 +137,9 @@ def picture(results: Sequence[TuneResult], verdicts: Sequence[str]) -> Figure:
     panels: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, result, told in zip(panels, results, verdicts, strict=False):
         gamma_curve_on(axes, result)
-        axes.get_legend().remove()  # it would cover what it names; the page has the numbers
+        legend = axes.get_legend()
+        if legend is not None:
+            legend.remove()  # it would cover what it names; the page has the numbers
         tuned, one = result.arms["tuned"], result.arms["one_equal_budget"]
         scores = (
             f"{100 * tuned.confirmed_score:.1f} % at γ = {tuned.gamma:.2g}, {100 * one.confirmed_score:.1f} % at γ = 1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from gammaopt import UsageError
 from gammaopt.online import build_stream
 from gammaopt.online.streams import Photos, Split
-from gammaopt.online.streams._photos import MEAN, PHOTOGRAPHS, SIDE, STD, read, stripes
+from gammaopt.online.streams._photos import DEFAULTS, MEAN, PHOTOGRAPHS, SIDE, STD, read, stripes
 
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 
@@ -163,3 +164,11 @@ def test_knobs_widen_what_they_name() -> None:
 def test_a_mistake_names_the_value_and_the_fix(knobs: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         build_stream("photos", **knobs)
+
+
+def test_other_knobs_are_in_the_name(photos: Photos) -> None:
+    assert photos.name == "photos"
+    other = Photos(3, scale=(1.0, 1.25), noise=0.03, flip=False)
+    assert other.name == "photos-classes=3-scale=1:1.25-noise=0.03-flip=False"
+    signature = inspect.signature(Photos).parameters
+    assert {name: signature[name].default for name in DEFAULTS} == DEFAULTS

@@ -100,7 +100,12 @@ def is_whole(stream: Stored, count: int) -> None:
 def test_cifar_5m_in_each_form(tmp_path: Path, name: str, save: Save) -> None:
     told: list[Converted] = []
     stream = cifar5m(write_cifar(tmp_path / "data", save, name), held_out=20, on_progress=told.append)
-    assert (stream.name, stream.shape, stream.classes, stream.train_samples) == ("cifar5m", (3, 32, 32), 10, 100)
+    assert (stream.name, stream.shape, stream.classes, stream.train_samples) == (
+        "cifar5m-held_out=20",
+        (3, 32, 32),
+        10,
+        100,
+    )
     is_whole(stream, 2 * PART)
     cache = tmp_path / "data" / ".gammaopt"
     if save is np.savez:
@@ -624,7 +629,7 @@ def test_what_is_kept_on_the_device_changes_no_batch(folder: Path, resident: int
 
 def test_the_end_of_the_pass_is_an_error_before_the_first_step(folder: Path) -> None:
     stream = cifar5m(folder, held_out=20)
-    message = "cifar5m has 100 training samples, 14 batches of 7; steps=15 is more than one pass"
+    message = "cifar5m-held_out=20 has 100 training samples, 14 batches of 7; steps=15 is more than one pass"
     with pytest.raises(UsageError, match=message):
         stream.batches(0, 14, 15, 7)
     with pytest.raises(UsageError, match=message):
@@ -760,3 +765,12 @@ def test_members_tell_where_arrays_lie(tmp_path: Path) -> None:
     assert np.array_equal(held["X"].mapped(), np.arange(6).reshape(2, 3))
     assert np.array_equal(held["f"].mapped(), np.arange(6.0).reshape(2, 3))
     assert b"".join(held["X"].pieces()) == np.arange(6).tobytes()
+
+
+def test_what_a_test_set_of_its_own_and_too_few_images_mean_for_held_out_is_said() -> None:
+    images, labels = np.zeros((9, 8, 8), np.uint8), np.zeros(9, np.int64)
+    with pytest.raises(UsageError, match="mine has 9 images, too few to hold a tenth of them out; give more"):
+        Stored("mine", [images], [labels], 2)
+    assert Stored("mine", [images], [labels], 2, held_out=3).name == "mine-held_out=3"
+    with pytest.raises(UsageError, match="held_out=3 is given, and the data has a test set of 9 images of its own"):
+        Stored("mine", [images], [labels], 2, held=(images, labels), held_out=3)

@@ -176,6 +176,17 @@ def test_a_hermite_target_is_its_formula_with_mean_zero_and_unit_variance(
     assert abs(float(targets.var()) - 1) < 0.1  # of a polynomial of degree 3: heavy tails
 
 
+def test_a_stream_with_other_knobs_has_another_name() -> None:
+    """A checkpoint or a portrait's folder knows a stream by its name."""
+    made: list[Hermite | Teacher] = [
+        Hermite(12, MULTI), Hermite(12, MULTI, draw=1), Teacher((12,)), Teacher((12,), width=8),
+        Teacher((12,), depth=2), Teacher((12,), draw=3),
+    ]  # fmt: skip
+    assert len({stream.name for stream in made}) == len(made)
+    assert made[1].name == f"{made[0].name}-draw=1"
+    assert Teacher((12,)).name == "teacher-mlp-12-0"  # as ever, where nothing was changed
+
+
 def test_two_classes_of_a_hermite_target_are_its_sign() -> None:
     numbers, signs = Hermite(12, MULTI), Hermite(12, MULTI, classes=2)
     (inputs, targets), (same_inputs, classes) = (stream.batches(3, 0, 4, 50) for stream in (numbers, signs))

@@ -19,7 +19,7 @@ class Stream(Protocol):
     """An endless source of samples.
 
     Attributes:
-        name: short name, part of every record.
+        name: short name with its knobs, by which checkpoints know the stream.
         shape: shape of one input.
         classes: number of classes, or 0 for a regression stream with one float target.
     """
@@ -34,6 +34,30 @@ class Stream(Protocol):
         Each batch depends on (seed, step, size, split) only. Targets are int64 classes, or floats.
         """
         ...
+
+
+def with_knobs(name: str, **knobs: tuple[object, object]) -> str:
+    """A stream's name with each knob that is not at its default: checkpoints and records know a stream by its name.
+
+    Args:
+        name: with all knobs at their defaults.
+        knobs: name → (value, default).
+
+    Example:
+        >>> with_knobs("photos", noise=(0.2, 0.1), scale=((1.0, 1.5), (1.0, 2.0)), flip=(True, True))
+        'photos-noise=0.2-scale=1:1.5'
+    """
+
+    def told(value: object) -> str:
+        return (
+            ":".join(map(told, value))
+            if isinstance(value, tuple)
+            else f"{value:g}"
+            if isinstance(value, float)
+            else str(value)
+        )
+
+    return "-".join([name, *(f"{knob}={told(value)}" for knob, (value, default) in knobs.items() if value != default)])
 
 
 class Generated:

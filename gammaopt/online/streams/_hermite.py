@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gammaopt._errors import UsageError, at_least
 from gammaopt.online.streams import _random
-from gammaopt.online.streams._base import Generated, Split
+from gammaopt.online.streams._base import Generated, Split, with_knobs
 
 
 class Hermite(Generated):
@@ -58,7 +58,7 @@ class Hermite(Generated):
         if directions > inputs:
             raise UsageError(f"monomials={monomials} has {directions} directions, more than inputs={inputs}")
         self.name = f"hermite-{inputs}-" + "+".join(".".join(map(str, monomial)) for monomial in self.monomials)
-        self.name += "-sign" if classes else ""
+        self.name = with_knobs(self.name + ("-sign" if classes else ""), draw=(draw, 0))
         self.shape: tuple[int, ...] = (inputs,)
         self.directions = _orthonormal(inputs, directions, draw)
 

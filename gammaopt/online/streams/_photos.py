@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gammaopt._errors import MissingExtraError, UsageError, at_least, require
 from gammaopt.online.streams import _random
-from gammaopt.online.streams._base import Generated, Split
+from gammaopt.online.streams._base import Generated, Split, with_knobs
 
 # Photograph → the package that has it. Not the second view of the motorcycle, which shows what the first shows.
 PHOTOGRAPHS: Mapping[str, str] = {
@@ -43,6 +43,10 @@ PERIOD = 250  # about a stripe of training and one held out
 HELD_OUT = 0.3  # of each period
 LARGEST = 2.0  # scale: a crop of 64 pixels fits into every held-out stripe
 SLICE = 64  # crops made together: as many as a processor's cache holds
+# Of the knobs, as in the signature.
+DEFAULTS: dict[str, object] = {
+    "classes": 10, "scale": (1.0, LARGEST), "colour": 0.3, "brightness": 0.15, "noise": 0.1, "flip": True,
+}  # fmt: skip
 # Mean and standard deviation of each channel under the default augmentation, measured on 204,800 crops.
 MEAN, STD = (0.498, 0.377, 0.330), (0.363, 0.289, 0.292)
 
@@ -78,7 +82,6 @@ class Photos(Generated):
         (torch.Size([2, 4, 3, 32, 32]), torch.Size([2, 4]))
     """
 
-    name = "photos"
     shape: tuple[int, ...] = (3, SIDE, SIDE)
 
     def __init__(
@@ -100,6 +103,8 @@ class Photos(Generated):
                 raise UsageError(f"{knob}={value:g} must be ≥ 0")
         self.classes, self.scale, self.flip = classes, scale, flip
         self.colour, self.brightness, self.noise = colour, brightness, noise
+        knobs = {name: (getattr(self, name), default) for name, default in DEFAULTS.items()}
+        self.name = with_knobs("photos", **knobs)
         photographs = [read(name) for name in list(PHOTOGRAPHS)[:classes]]
         self._stripes: dict[Split, list[list[Stripe]]] = {
             "train": [stripes(image.shape, held_out=False) for image in photographs],

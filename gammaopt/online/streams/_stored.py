@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gammaopt._errors import UsageError, at_least
-from gammaopt.online.streams._base import Finite, Generated, Split
+from gammaopt.online.streams._base import Finite, Generated, Split, with_knobs
 from gammaopt.online.streams._convert import Cache, OnConvert
 from gammaopt.online.streams._layouts import SIDE, Found, classes_of, open_layout, recognise
 from gammaopt.online.streams._mapped import Array
@@ -77,13 +77,23 @@ class Stored(Generated, Finite):
                 )
         labels = [classes_of(y, len(x), name, classes) for x, y in zip(images, labels, strict=True)]
         held = (held[0], classes_of(held[1], len(held[0]), f"{name}, held out,", classes)) if held else None
-        self.name, self.classes, self.resident = name, classes, at_least("resident", resident, 0)
+        self.classes, self.resident = classes, at_least("resident", resident, 0)
         height, width, *channels = sizes.pop()
         self.shape: tuple[int, ...] = (*(channels or [1]), height, width)
         self._images, self._begin = list(images), np.cumsum([0, *map(len, images)])
         self._labels = torch.from_numpy(np.concatenate(list(labels)))
         self._held = held
         count = int(self._begin[-1])
+        if held is not None and held_out is not None:
+            raise UsageError(
+                f"{name}: held_out={held_out} is given, and the data has a test set of {len(held[0]):,} images of its "
+                "own, which is held out whole; drop held_out"
+            )
+        if held is None and held_out is None and count < 10:
+            raise UsageError(
+                f"{name} has {count:,} images, too few to hold a tenth of them out; give more, or held_out= how many"
+            )
+        self.name = with_knobs(name, held_out=(held_out, None))
         wanted = 0 if held else at_least("held_out", min(HELD_OUT, count // 10) if held_out is None else held_out, 1)
         self._order = Order(count, wanted, BLOCK if count * self._bytes > SCATTERED else 1)
         if self._order.train < 1:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gammaopt._errors import UsageError, at_least, one_of
 from gammaopt.online.models import CNN, MLP
 from gammaopt.online.streams import _random
-from gammaopt.online.streams._base import Generated, Split
+from gammaopt.online.streams._base import Generated, Split, with_knobs
 
 Network = Literal["mlp", "cnn"]
 CALIBRATION = 8192  # inputs from which the outputs' mean, deviation and offset are taken
@@ -65,7 +65,8 @@ class Teacher(Generated):
             at_least("side of shape", side, 1)
         if network == "cnn" and len(shape) != 3:
             raise UsageError(f"shape={shape} is no image; give (channels, height, width), or network='mlp'")
-        self.name = f"teacher-{network}-{'x'.join(map(str, shape))}-{classes}"
+        name = f"teacher-{network}-{'x'.join(map(str, shape))}-{classes}"
+        self.name = with_knobs(name, width=(width, 32), depth=(depth, 3), draw=(draw, 0))
         self.shape, self.classes = tuple(shape), classes
         outputs = classes or 1
         with torch.device("meta"):

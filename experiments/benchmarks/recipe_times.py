@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="recipes with this word in their names")
     options = parser.parse_args(argv)
     rows = []
-    for script in sorted((ROOT / "recipes").glob(f"*{options.only}*.py")):
+    for script in sorted(path for path in (ROOT / "recipes").glob("*.py") if options.only in path.stem):
         rows.append(measure(script))
         print("{name:24} {accuracy:5.1f} %  (chance {chance:4.1f} %)  {seconds:5.1f} s".format(**rows[-1]), flush=True)
     if options.json and not options.only:

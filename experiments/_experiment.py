@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,10 @@ from _sweep import write
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
+from gammaopt._errors import MissingExtraError, UsageError
+from gammaopt._files import locked
 from gammaopt.online import Digits, Stream, build_stream
+from gammaopt.online._device import check_device
 from gammaopt.online.streams._layouts import recognise
 from gammaopt.tuning._frozen import git_commit, versions
 
@@ -131,8 +135,13 @@ class Place:
         return build_stream(folders.get(layout, layout), **{root: self.data})
 
     def file(self, name: str, preset: object) -> Path:
-        """A file of ``work`` for results of this very preset: those of an older one are left alone."""
-        digest = hashlib.blake2b(repr(preset).encode(), digest_size=6).hexdigest()
+        """A file of ``work`` for results of this very preset, device, data set and version of torch and gammaopt.
+
+        Those of others are left alone, and not mixed with these.
+        """
+        made_with = versions()
+        what = preset, self.device, self.data and self.data.resolve(), made_with["torch"], made_with["gammaopt"]
+        digest = hashlib.blake2b(repr(what).encode(), digest_size=6).hexdigest()
         return self.work / f"{digest}-{name}"
 
 
@@ -162,12 +171,34 @@ def run(
     measure: Callable[[Preset, Place], Found],
     argv: Sequence[str] | None = None,
 ) -> Path:
-    """Run a preset of an experiment, write ``results/NAME/PRESET.json`` and ``.png``, and print its table."""
+    """Run a preset of an experiment, write ``results/NAME/PRESET.json`` and ``.png``, and print its table.
+
+    A mistake is one line and exit code 2, Ctrl-C one line and 130.
+    """
     options = _options(name, description, presets, argv)
-    work = options.work / options.preset
-    work.mkdir(parents=True, exist_ok=True)
-    device = options.device or ("cuda" if options.preset in ON_CUDA else "cpu")
-    with timed(work / "seconds") as seconds:
+    try:
+        return _run(name, description, presets, measure, options)
+    except (UsageError, MissingExtraError) as error:
+        told, code = str(error).replace("--out", "--work"), 2  # the command line's name for a folder of cells
+    except OSError as error:
+        told, code = f"{error.filename or options.results}: {error.strerror}; give another --work or --results", 2
+    except KeyboardInterrupt:
+        told, code = "stopped; run the same command again to go on", 130
+    print(f"{name}.py: {told}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _run(
+    name: str,
+    description: str | None,
+    presets: Mapping[str, Preset],
+    measure: Callable[[Preset, Place], Found],
+    options: argparse.Namespace,
+) -> Path:
+    work, device = options.work / options.preset, options.device or ("cuda" if options.preset in ON_CUDA else "cpu")
+    check_device(device)
+    options.results.mkdir(parents=True, exist_ok=True)
+    with locked(work), timed(work / "seconds") as seconds:
         found = measure(presets[options.preset], Place(work, device, options.cores, options.data))
     content = {
         "title": (description or name).strip().splitlines()[0].rstrip("."),
@@ -191,7 +222,10 @@ def run(
 @contextmanager
 def timed(path: Path) -> Iterator[list[float]]:
     """Seconds spent in the block, with those that earlier calls left in ``path``: a run that goes on took them all."""
-    before = float(path.read_text()) if path.exists() else 0.0
+    try:
+        before = float(path.read_text())
+    except (OSError, ValueError):  # none, or torn by a kill
+        before = 0.0
     began, total = time.monotonic(), [before]
     try:
         yield total
@@ -216,6 +250,8 @@ def _options(
     options = made.parse_args(argv)
     if options.preset == "paper" and options.data is None:
         made.error("the preset paper trains on a data set of yours; give its folder: --data PATH")
+    if options.cores < 1:
+        made.error(f"cores={options.cores} is too small; give at least 1")
     return options
 
 

@@ -119,7 +119,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the results")
     parser.add_argument("--out", type=Path, default=HERE / "README.md", help="page to write")
     options = parser.parse_args(argv)
-    options.out.write_text(page(read(options.results)), encoding="utf-8")
+    found = read(options.results)
+    if not found:
+        parser.error(f"{options.results} holds no result of an experiment; run one, e.g. python experiments/depth.py")
+    options.out.write_text(page(found), encoding="utf-8")
     print(options.out)
     return Path(options.out)
 

@@ -12,6 +12,8 @@ from _experiment import Claim, Found, Place, above, below, kept, near, run, time
 from _sweep import resumed
 from matplotlib.figure import Figure
 
+from gammaopt._files import locked
+
 
 def test_a_number_near_its_prediction_holds_whatever_its_interval() -> None:
     claim = near("x", -0.667, 0.1, -0.7, (-1.0, -0.4), why="unused")
@@ -94,3 +96,49 @@ def test_the_preset_paper_asks_for_its_data_and_takes_it(tmp_path: Path, capsys:
     assert given[0].data == tmp_path
     content = json.loads((tmp_path / "paper.json").read_text(encoding="utf-8"))
     assert (content["title"], content["device"], content["preset"]) == ("Title", "cpu", "large")
+
+
+def one_is_one(_: str, __: Place) -> Found:
+    return Found([near("x", 1, 0.1, 1.0)], "One is one.", Figure())
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[object, str]:
+    """Exit code and last line of an experiment with these words."""
+    with pytest.raises(SystemExit) as stopped:
+        run("made_up", "Title.", {"cpu": "small"}, one_is_one, list(map(str, words)))
+    return stopped.value.code, capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file := tmp_path / "file").write_text("")
+    results = "--results", tmp_path / "results"
+    code, line = told(capsys, *results, "--work", file)
+    assert (code, line) == (
+        2,
+        f"made_up.py: {file / 'cpu'} can't be written: Not a directory; choose another folder with --work",
+    )
+    code, line = told(capsys, "--results", file, "--work", tmp_path / "work")
+    assert (code, line) == (2, f"made_up.py: {file}: File exists; give another --work or --results")
+    code, line = told(capsys, *results, "--work", tmp_path / "work", "--cores", 0)
+    assert (code, line.partition("error: ")[2]) == (2, "cores=0 is too small; give at least 1")
+    code, line = told(capsys, *results, "--work", tmp_path / "work", "--device", "toaster")
+    assert (code, line.partition(";")[0]) == (2, "made_up.py: unknown device 'toaster'")
+    with locked(tmp_path / "work" / "cpu"):
+        code, line = told(capsys, *results, "--work", tmp_path / "work")
+    assert (code, "is in use by another process" in line) == (2, True)
+
+
+def test_ctrl_c_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> Found:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(globals(), "one_is_one", stop)
+    code, line = told(capsys, "--results", tmp_path, "--work", tmp_path / "work")
+    assert (code, line) == (130, "made_up.py: stopped; run the same command again to go on")
+
+
+def test_results_of_another_device_or_data_set_are_in_another_file(tmp_path: Path) -> None:
+    places = [Place(tmp_path), Place(tmp_path, "cuda"), Place(tmp_path, data=tmp_path), Place(tmp_path, data=Path("/"))]
+    assert len({place.file("a.json", "preset") for place in places}) == 4

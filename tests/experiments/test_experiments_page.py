@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import gallery
+import pytest
 from _experiment import near
 
 HERE = Path(gallery.__file__).parent
@@ -42,6 +43,13 @@ def test_the_page_shows_claims_commands_and_what_was_not_measured(tmp_path: Path
     assert "| all, cpu | 1 of 2 | | 8 min |" in text
     assert "surrogates" not in text
     assert "smoke" not in text
+
+
+def test_a_folder_without_results_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gallery.main(["--results", str(tmp_path), "--out", str(tmp_path / "page.md")])
+    assert f"{tmp_path} holds no result of an experiment; run one" in capsys.readouterr().err
+    assert not (tmp_path / "page.md").exists()
 
 
 def test_the_committed_page_is_what_the_committed_results_give() -> None:

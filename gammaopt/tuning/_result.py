@@ -2,8 +2,8 @@
 
 The verdict asks more of ``tuned`` than its interval against the rate that γ = 1 chose. A search on a few seeds misses
 the best rate by a little, and paired seeds are sharp enough to see that little: without any effect of γ a study could
-be "confirmed" for its luck (``experiments/benchmarks/false_positives.py`` counts how often). So γ = 1 is also run at
-the rates beside the one it chose, and tuned γ has to beat every one of them.
+be "confirmed" or "worse" for its luck (``experiments/benchmarks/false_positives.py`` counts how often). So γ = 1 is
+also run at the rates beside the one it chose, and tuned γ has to beat every one of them, or to lose to every one.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class TuneResult:
         arms: by name.
         confirm: paired comparison of ``tuned`` with ``one_equal_budget`` on ``metric``: what tuned γ is better by.
         confirm_final: the same on final held-out accuracy; reported, not decisive. ``None`` for a user's own function.
-        rivals: γ = 1 at the rates beside the one it chose; ``tuned`` has to beat them all.
+        rivals: γ = 1 at the rates beside the one it chose; ``tuned`` has to beat them all, or to lose to them all.
         spent: arm name → what its search was given and took. Every arm of a verdict is given the same.
         notes: what a reader should know, e.g. a best γ at the end of the searched range.
         versions: of the packages and the interpreter that made it.
@@ -163,6 +163,10 @@ class TuneResult:
                 hardest = min(self.rivals, key=lambda rival: rival.confirm.ci95[0])
                 sentence = f"Not confirmed: γ = {tuned.gamma:.3g} does not beat γ = 1 at lr = {hardest.lr:.3g}"
                 points = f" ({shown(hardest.confirm.mean_difference)}), only at the rate it chose: {difference}"
+            elif self.confirm.verdict == "worse":
+                easiest = max(self.rivals, key=lambda rival: rival.confirm.ci95[1])
+                sentence = f"Not confirmed: γ = {tuned.gamma:.3g} does not lose to γ = 1 at lr = {easiest.lr:.3g}"
+                points = f" ({shown(easiest.confirm.mean_difference)}), only at the rate it chose: {difference}"
         unit = "points of" if self.plan.scale == 100 else "in"
         lower = "" if self.plan.direction == "maximize" else "lower is better: "
         return (
@@ -214,14 +218,10 @@ class TuneResult:
 
 
 def judge(confirm: Confirmation, rivals: tuple[Rival, ...], *, edge: bool) -> Verdict:
-    """The verdict: an interval above 0 against γ = 1 at the rate it chose and at every rate beside it.
-
-    An interval below 0 at the chosen rate is "worse", whatever the others say: without any effect of γ that is said in
-    about a quarter of the studies of ``false_positives.py``. Only "confirmed" is held to 5 % there.
-    """
+    """The verdict: an interval above 0, or below it, against γ = 1 at the rate it chose and at every rate beside it."""
     if edge:
         return "range too small"
-    if confirm.verdict == "confirmed" and any(rival.confirm.verdict != "confirmed" for rival in rivals):
+    if any(rival.confirm.verdict != confirm.verdict for rival in rivals):
         return "not confirmed"
     return confirm.verdict
 

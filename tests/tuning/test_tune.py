@@ -228,7 +228,8 @@ def test_tuned_has_to_beat_gamma_one_at_the_rates_beside_too_and_an_edge_is_no_r
     wins, loses = paired_t("m", seeds, high, low), paired_t("m", seeds, low, high)
     assert judge(wins, (Rival(1.0, wins),), edge=False) == "confirmed"
     assert judge(wins, (Rival(1.0, wins), Rival(2.0, loses)), edge=False) == "not confirmed"
-    assert judge(loses, (Rival(1.0, wins),), edge=False) == "worse"
+    assert judge(loses, (Rival(1.0, loses),), edge=False) == "worse"
+    assert judge(loses, (Rival(1.0, loses), Rival(2.0, wins)), edge=False) == "not confirmed"
     assert judge(wins, (), edge=True) == "range too small"
     arms = {
         name: replace(arm, gamma=100.0 if name == "tuned" else 1.0, diverged=0)

@@ -73,8 +73,11 @@ def measure(preset: Preset, place: Place) -> Found:
     adjusted = holm([result.confirm.p_value for result in results])
     verdicts = [verdict(result, p_value) for result, p_value in zip(results, adjusted, strict=True)]
     confirmed = verdicts.count("confirmed")
-    wanted = min(WANTED, len(results))
-    claims = [Claim("tasks on which tuned γ is confirmed better", f"≥ {wanted}", confirmed, None, confirmed >= wanted)]
+    tasks = {result.plan.names()["task"] for result, told in zip(results, verdicts, strict=True) if told == "confirmed"}
+    wanted = min(WANTED, len({result.plan.names()["task"] for result in results}))
+    claims = [
+        Claim("tasks on which tuned γ is confirmed better", f"≥ {wanted}", len(tasks), None, len(tasks) >= wanted)
+    ]
     for result, told in zip(results, verdicts, strict=True):
         low, high = result.confirm.ci95
         claims.append(

@@ -595,10 +595,10 @@ def test_the_next_chunk_is_asked_of_the_disk_ahead(folder: Path, monkeypatch: py
     asked: list[list[int]] = []
     monkeypatch.setattr("gammaopt.online.streams._stored._read_ahead", lambda _, index: asked.append(index.tolist()))
     stream.batches(0, 0, 2, 7)
-    ahead = asked[2:]  # after those of the chunk itself, from either part
+    ahead = asked[:2]  # before those of the chunk itself, from either part: the disk reads while these are copied
     asked.clear()
     stream.batches(0, 2, 4, 7)
-    assert ahead == asked[:2]
+    assert ahead == asked[2:]
     asked.clear()
     stream.batches(0, 0, 20, 5)
     assert len(asked) == 2, "nothing comes after the end of the pass"

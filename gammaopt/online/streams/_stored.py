@@ -160,8 +160,9 @@ class Stored(Generated, Finite):
         if split == "train":
             self.check(stop, size)
             index = self._order.at(places, seed)
-            images, labels = self._pixels(index), self._labels[torch.from_numpy(index)]
+            # First the next ones are asked for, so that the disk reads them while these are copied.
             self._announce(places[-1] + 1, len(places), seed)
+            images, labels = self._pixels(index), self._labels[torch.from_numpy(index)]
         elif self._held is None:
             index = self._order.held(places)
             images, labels = self._pixels(index), self._labels[torch.from_numpy(index)]

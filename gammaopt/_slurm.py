@@ -6,13 +6,15 @@ and exit code 0. Its cell is back in the queue then, so nothing has to be requeu
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gammaopt._errors import UsageError, require
 
+STORAGE = "GAMMAOPT_STORAGE"  # environment variable with the URL
 SIGNAL_AHEAD = 60  # seconds before the time limit
 
 
@@ -21,7 +23,7 @@ class Job:
     """What each worker of the array gets.
 
     Attributes:
-        storage, study: the study.
+        storage, study: the study; an empty ``storage`` is that of the environment's ``GAMMAOPT_STORAGE``.
         workers: how many.
         minutes: time limit of each.
         partition: of the cluster; its default if ``None``.
@@ -56,7 +58,7 @@ class Work:
         from gammaopt.tuning._worker import SIGNALS, work
 
         return work(
-            self.job.storage,
+            self.job.storage or os.environ[STORAGE],
             self.job.study,
             checkpoints=self.job.checkpoints,
             checkpoint_seconds=self.job.checkpoint_seconds,
@@ -73,11 +75,24 @@ def submit(job: Job, cluster: str = "slurm") -> list[str]:
         job: what to submit.
         cluster: ``"slurm"``, or ``"local"`` for processes on this machine.
 
+    The job is pickled into its folder. A URL that holds a password stays out of it: workers take it from the
+    environment, which the scheduler hands on.
+
     Raises:
-        UsageError: where there is no Slurm, or its folder can't be written.
+        UsageError: where there is no Slurm, its folder can't be written, or a URL with a password is not in
+            ``GAMMAOPT_STORAGE``.
         MissingExtraError: without ``pip install 'gammaopt[slurm]'``.
     """
+    from gammaopt.tuning._search import has_secrets
+
     submitit = require("submitit", "slurm")
+    if has_secrets(job.storage):
+        if os.environ.get(STORAGE) != job.storage:
+            raise UsageError(
+                f"the storage's URL holds a password, which would be written into {job.folder}; "
+                f"export {STORAGE} with that URL, and leave --storage out"
+            )
+        job = replace(job, storage="")
     try:
         executor = submitit.AutoExecutor(folder=job.folder, cluster=cluster)
     except RuntimeError as error:

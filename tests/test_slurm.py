@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import subprocess
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gammaopt import UsageError
-from gammaopt._slurm import Job, sbatch_text, submit
+from gammaopt._slurm import Job, Work, sbatch_text, submit
 
 JOB = Job(
     "postgresql+psycopg://db/gammaopt", "digits two", 8, 90, "long", 2, 1, 4.5, Path("logs"), Path("ck"), 30.0, None
@@ -46,6 +47,28 @@ def test_a_password_is_taken_from_the_environment(url: str, tmp_path: Path) -> N
         check=False,
     )
     assert b"export it before sbatch" in done.stderr
+
+
+@pytest.mark.parametrize("url", ["postgresql+psycopg://me:s3cret@db/x", "postgresql+psycopg://db/x?password=s3cret"])
+def test_a_password_is_not_pickled_and_the_worker_takes_it_from_the_environment(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitit = pytest.importorskip("submitit", reason="pip install 'gammaopt[slurm]'")
+    job = replace(JOB, storage=url, folder=tmp_path / "logs")
+    monkeypatch.delenv("GAMMAOPT_STORAGE", raising=False)
+    with pytest.raises(UsageError, match=r"holds a password, which would be written into .*; export GAMMAOPT_STORAGE"):
+        submit(job, "local")
+    sent: list[Work] = []
+    monkeypatch.setattr(submitit.AutoExecutor, "submit", lambda _, work: sent.append(work))
+    monkeypatch.setenv("GAMMAOPT_STORAGE", url)
+    with pytest.raises(RuntimeWarning, match="No submission happened"):
+        submit(job, "local")
+    assert sent
+    assert b"s3cret" not in pickle.dumps(sent[0])
+    asked: list[str] = []
+    monkeypatch.setattr("gammaopt.tuning._worker.work", lambda storage, *_, **__: asked.append(storage))
+    sent[0]()
+    assert asked == [url]
 
 
 def test_a_machine_without_slurm_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

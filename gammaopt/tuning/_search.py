@@ -79,7 +79,8 @@ def open_storage(url: str, *, own: bool) -> Any:
     optuna = require("optuna", "tune")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        storage = optuna.storages.RDBStorage(url)
+        # A server may have closed a connection that has been idle: each is tried before it is used.
+        storage = optuna.storages.RDBStorage(url, engine_kwargs={} if own else {"pool_pre_ping": True})
         if own:
             _without_fsync(storage.engine)
         return storage

@@ -140,9 +140,22 @@ def read_storage(url: str, name: str) -> StudyState:
         queue = find_queue(storage, name)
         records = [record for _, record in queue.records()]
         state = _state(name, queue.plan, queue.attrs["versions"], queue.attrs["id"], records)
-        return replace(state, queue=queue.counts())
+        return replace(state, queue=queue.counts(), git_commit=_commit_of(storage, name))
     finally:
         storage.engine.dispose()
+
+
+def _commit_of(storage: Any, name: str) -> str | None:
+    """The commit that the study's arms were begun at, as far as they were."""
+    optuna = require("optuna", "tune")
+    for arm in ("tuned", "one_equal_budget"):
+        try:
+            study = optuna.load_study(study_name=f"{name}/{arm}", storage=storage)
+        except KeyError:  # not begun
+            continue
+        commit = study.user_attrs.get("git_commit")
+        return None if commit is None else str(commit)
+    return None
 
 
 def plan_from(values: Mapping[str, Any]) -> Plan:

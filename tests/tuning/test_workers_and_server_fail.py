@@ -30,6 +30,7 @@ from gammaopt.online import Run, RunRecord, train_many
 from gammaopt.tuning import Remote, StudyPlan, tune
 from gammaopt.tuning._folder import Cell, versions
 from gammaopt.tuning._queue import PART, _waiting, cell_hash
+from gammaopt.tuning._state import read_storage
 
 pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'gammaopt[postgres]'")
 
@@ -255,6 +256,7 @@ def test_a_study_through_workers_is_the_study_of_one_process(
             assert mine.prequential_accuracy == theirs.prequential_accuracy
             assert mine.prequential_loss == pytest.approx(theirs.prequential_loss, rel=1e-5)
     assert names(database) == ["mine/cells", "mine/one_equal_budget", "mine/tuned"]
+    assert read_storage(database, "mine").git_commit == single.git_commit
     counts = Counter(trial.state.name for trial in trials(database))
     assert counts == {"COMPLETE": len((tmp_path / "many" / "runs.jsonl").read_text().splitlines())}
 

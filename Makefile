@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: help demo test test-slow check experiments format clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## tune γ on augmented digits and confirm it on fresh seeds (about 3 minutes on 2 cores)
 	$(BIN)/gammaopt tune digits

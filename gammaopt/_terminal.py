@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,9 +15,11 @@ INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Tell a mistake in one line, without a traceback; a bug keeps its own."""
+    """Tell a mistake in one line, without a traceback, and a warning too; a bug keeps its own."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: on_stderr(f"gammaopt: {message}")
+            yield
     except (UsageError, MissingExtraError) as error:
         typer.echo(f"gammaopt: {error}", err=True)
         raise typer.Exit(2) from None

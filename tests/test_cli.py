@@ -295,3 +295,20 @@ def test_mistakes_in_a_portrait(here: Callable[..., Done], words: list[object], 
     done = here(*words)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"gammaopt: {message}\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_warning_is_one_line_on_stderr(tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    out.mkdir()
+    code = (
+        "import warnings, gammaopt.tuning as t\n"
+        "real = t.tune\n"
+        "def warned(*words, **options):\n"
+        "    warnings.warn('a stack is damaged', stacklevel=2)\n"
+        "    return real(*words, **options)\n"
+        "t.tune = warned\n"
+    )
+    done = gammaopt("tune", "digits", *TINY, "--out", out, "--json", code=code)
+    assert done.returncode == 0, done.stderr
+    assert "gammaopt: a stack is damaged\n" in done.stderr
+    assert "UserWarning" not in done.stderr

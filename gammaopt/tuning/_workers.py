@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -153,13 +154,21 @@ def _begun(folder: Path, cells: list[Cell]) -> dict[Path, list[Cell]]:
         try:
             share = [Cell(*run) for run in saved_runs(path)]
         except DamagedCheckpointError:
-            path.replace(path.with_suffix(".damaged"))
+            _set_aside(path, ".damaged")
             continue
         # A kill between two of its runs' records leaves a checkpoint of which some are done.
         if share := [cell for cell in share if cell in left]:
             begun[path] = share
             left.difference_update(share)
     return begun
+
+
+def _set_aside(path: Path, suffix: str) -> None:
+    """Rename a file that can't be read, and say so: what it held costs time, and no result."""
+    kept = path.replace(path.with_suffix(suffix))
+    warnings.warn(
+        f"{path} is damaged and is kept as {kept.name}; the runs that it held are trained again", stacklevel=2
+    )
 
 
 def finished_beside(checkpoint: Path) -> Path:
@@ -174,7 +183,7 @@ def _finished(folder: Path, cells: list[Cell]) -> Iterator[RunRecord]:
         try:
             records, _ = read_runs(path, RunRecord.from_dict)
         except UsageError:  # a help to go on from, as the checkpoint is: what it held is trained again
-            path.replace(path.with_suffix(".damaged-runs"))
+            _set_aside(path, ".damaged-runs")
             continue
         for record in records:
             if (cell := Cell(record.gamma, record.lr, record.seed)) in left:

@@ -26,7 +26,7 @@ DIVERGED = 1e3  # of the start
 
 
 class Descent(NamedTuple):
-    """One run: width and samples, γ, c, seed, depth, and when to stop; ``measures`` of the monitor along it."""
+    """One run: width and samples, γ, c, seed, depth, when to stop, ``measures`` of the monitor along it, and where."""
 
     width: int
     samples: int
@@ -38,6 +38,7 @@ class Descent(NamedTuple):
     until: float = 0.0
     measures: tuple[Any, ...] = ()
     per_decade: int = 12
+    device: str = "cpu"
 
 
 class Descended(NamedTuple):
@@ -58,9 +59,9 @@ def descend(run: Descent) -> Monitor:
     """Gradient descent on one batch, watched; the monitor has the model."""
     build = partial(MLP, STREAM.shape[0], 1, width=run.width, depth=run.depth)
     recipe = Recipe(build, STREAM, "mse", steps=max(1, run.steps), depth=run.depth, dtype=torch.float64)
-    x, y = (part[0].double() for part in STREAM.batches(run.seed, 0, 1, run.samples))
+    x, y = (part[0].to(run.device, torch.float64) for part in STREAM.batches(run.seed, 0, 1, run.samples))
     with seeded("cpu", run.seed):
-        model = fresh_model(recipe, run.gamma, x)
+        model = fresh_model(recipe, run.gamma, x.cpu()).to(run.device)
     optimizer, criterion = SGD(model.parameters(), lr=run.rate), CRITERIA["mse"]
     monitor = Monitor(
         model, optimizer, "mse", (x, y),

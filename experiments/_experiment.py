@@ -7,15 +7,19 @@ returns :class:`Found`; :func:`run` does the rest. gallery.py reads the result f
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +28,7 @@ from _sweep import write
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
+import gammaopt
 from gammaopt._errors import MissingExtraError, UsageError
 from gammaopt._files import locked
 from gammaopt.online import Digits, Stream, build_stream
@@ -45,8 +50,9 @@ class Claim:
         predicted: in words, with the tolerance within which it holds: ``"0.67 ± 0.1"``, ``"> 0"``.
         measured: the number.
         interval: its 95 % interval, where there is one.
-        holds: whether ``measured`` is what was predicted.
-        why: where it does not hold, what is known of the reason.
+        holds: whether ``measured`` is what was predicted, within the tolerance.
+        why: where it does not hold, or is off beyond noise, what is known of the reason.
+        centre: the number that was predicted, where it was one and not a bound.
     """
 
     what: str
@@ -55,12 +61,27 @@ class Claim:
     interval: tuple[float, float] | None
     holds: bool
     why: str = ""
+    centre: float | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Claim:
+        """As it was before JSON, which has lists for tuples."""
+        return cls(**{**values, "interval": None if values["interval"] is None else tuple(values["interval"])})
+
+    @property
+    def off(self) -> float | None:
+        """How far it is from the prediction, where that lies outside of the interval: more than noise can explain."""
+        if self.centre is None or self.interval is None or self.interval[0] <= self.centre <= self.interval[1]:
+            return None
+        return self.measured - self.centre
 
     @property
     def row(self) -> str:
         """Of the table predicted | measured | interval | holds."""
         between = "" if self.interval is None else f"{self.interval[0]:.3g} … {self.interval[1]:.3g}"
-        told = "yes" if self.holds else f"no{': ' * bool(self.why)}{self.why}"
+        told = "yes" if self.holds else "no"
+        told += "" if self.off is None else f", off by {self.off:+.2g}"
+        told += f": {self.why}" if self.why else ""
         return f"| {self.what} | {self.predicted} | {self.measured:.3g} | {between} | {told} |"
 
 
@@ -75,9 +96,10 @@ def near(
     interval: tuple[float, float] | None = None,
     why: str = "",
 ) -> Claim:
-    """A number that is predicted within ± ``tolerance``; ``why`` is told only where it is not."""
+    """A number that is predicted within ± ``tolerance``; ``why`` is told where it is not, or is off beyond noise."""
     holds = abs(measured - predicted) <= tolerance
-    return Claim(what, f"{predicted:.2f} ± {tolerance:g}", measured, interval, holds, "" if holds else why)
+    made = Claim(what, f"{predicted:.2f} ± {tolerance:g}", measured, interval, holds, why, predicted)
+    return replace(made, why="") if holds and made.off is None else made
 
 
 def above(
@@ -134,6 +156,11 @@ class Place:
         root = "root" if layout in ("cifar10", "mnist") else "path"
         return build_stream(folders.get(layout, layout), **{root: self.data})
 
+    def steps(self, wanted: int, batch_size: int) -> int:
+        """As many steps as are wanted, or as one pass over the data has."""
+        there: int | None = getattr(self.stream, "train_samples", None)
+        return wanted if there is None else min(wanted, there // batch_size)
+
     def file(self, name: str, preset: object) -> Path:
         """A file of ``work`` for results of this very preset, device, data set and version of torch and gammaopt.
 
@@ -176,13 +203,15 @@ def run(
     A mistake is one line and exit code 2, Ctrl-C one line and 130.
     """
     options = _options(name, description, presets, argv)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped run ends its processes, and says so
     try:
         return _run(name, description, presets, measure, options)
     except (UsageError, MissingExtraError) as error:
         told, code = str(error).replace("--out", "--work"), 2  # the command line's name for a folder of cells
     except OSError as error:
         told, code = f"{error.filename or options.results}: {error.strerror}; give another --work or --results", 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # and SIGTERM
         told, code = "stopped; run the same command again to go on", 130
     print(f"{name}.py: {told}", file=sys.stderr)
     raise SystemExit(code)
@@ -195,43 +224,87 @@ def _run(
     measure: Callable[[Preset, Place], Found],
     options: argparse.Namespace,
 ) -> Path:
-    work, device = options.work / options.preset, options.device or ("cuda" if options.preset in ON_CUDA else "cpu")
+    work, usual = options.work / options.preset, "cuda" if options.preset in ON_CUDA else "cpu"
+    device = options.device or usual
     check_device(device)
     options.results.mkdir(parents=True, exist_ok=True)
-    with locked(work), timed(work / "seconds") as seconds:
-        found = measure(presets[options.preset], Place(work, device, options.cores, options.data))
+    cells = work / code_digest(name)
+    with locked(work):
+        others = sorted(path.name for path in work.iterdir() if path.is_dir() and path != cells)
+        if others and not cells.exists():
+            told = f"{work} has cells of other code ({', '.join(others)}); kept, and not used"
+            print(f"{name}.py: {told}", file=sys.stderr)
+        cells.mkdir(exist_ok=True)
+        commit = kept(cells / "commit.json", partial(git_commit, HERE.parent, but="experiments/results"))
+        with timed(cells / "seconds") as seconds:
+            found = measure(presets[options.preset], Place(cells, device, options.cores, options.data))
+    given = " --data PATH" * (options.data is not None) + f" --device {device}" * (device != usual)
     content = {
         "title": (description or name).strip().splitlines()[0].rstrip("."),
-        "command": f"python experiments/{name}.py --preset {options.preset}",
+        "command": f"python experiments/{name}.py --preset {options.preset}{given}",
         "device": device,
         "versions": versions(),
-        "commit": git_commit(HERE, but="results"),
+        "commit": commit,
         "seconds": round(seconds[0]),
         "meaning": found.meaning,
         "claims": [asdict(claim) for claim in found.claims],
         "table": found.table,
         **found.data,
     }
-    path = write(options.results, options.preset, _finite(content))
+    path = write(options.results, options.preset, _finite(content), device)
     found.figure.savefig(path.with_suffix(".png"), dpi=110)
     print("\n".join([HEAD, *(claim.row for claim in found.claims)]))
     print(("\n" + found.table + "\n" if found.table else "") + f"\n{found.meaning}\n{path}")
     return path
 
 
+def code_digest(name: str) -> str:
+    """Twelve hex digits of the code that an experiment's cells come from: its own, that of all, and the package's.
+
+    Cells of other code are other cells. Comments and docstrings are no code.
+    """
+    package = Path(gammaopt.__file__).parent.rglob("*.py")
+    files = [path for path in (HERE / f"{name}.py", *HERE.glob("_*.py"), *package) if path.exists()]
+    return hashlib.blake2b("".join(map(_code, sorted(files))).encode(), digest_size=6).hexdigest()
+
+
+@cache
+def _code(path: Path) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:]
+    return f"{path.name}: {ast.dump(tree)}"
+
+
 @contextmanager
-def timed(path: Path) -> Iterator[list[float]]:
-    """Seconds spent in the block, with those that earlier calls left in ``path``: a run that goes on took them all."""
+def timed(path: Path, every: float = 5.0) -> Iterator[list[float]]:
+    """Seconds spent in the block, with those that earlier calls left in ``path``: a run that goes on took them all.
+
+    They are written ``every`` few seconds, so a kill loses no more.
+    """
     try:
         before = float(path.read_text())
     except (OSError, ValueError):  # none, or torn by a kill
         before = 0.0
-    began, total = time.monotonic(), [before]
+    began, total, ended = time.monotonic(), [before], threading.Event()
+
+    def keep() -> None:
+        total[0] = before + time.monotonic() - began
+        path.write_text(f"{total[0]:.1f}\n")
+
+    def go_on() -> None:
+        while not ended.wait(every):
+            keep()
+
+    thread = threading.Thread(target=go_on, daemon=True)
+    thread.start()
     try:
         yield total
     finally:
-        total[0] = before + time.monotonic() - began
-        path.write_text(f"{total[0]:.1f}\n")
+        ended.set()
+        thread.join()
+        keep()
 
 
 def _options(
@@ -250,6 +323,9 @@ def _options(
     options = made.parse_args(argv)
     if options.preset == "paper" and options.data is None:
         made.error("the preset paper trains on a data set of yours; give its folder: --data PATH")
+    if options.preset != "paper" and options.data is not None:
+        fix = "drop it, or give --preset paper" if "paper" in presets else "drop it"
+        made.error(f"data={options.data} is not used by the preset {options.preset}, whose data are made here; {fix}")
     if options.cores < 1:
         made.error(f"cores={options.cores} is too small; give at least 1")
     return options
@@ -267,7 +343,11 @@ def _finite(value: Any) -> Any:
 def kept(path: Path, make: Callable[[], Any]) -> Any:
     """What ``make`` gave, as JSON in ``path``; made once. For parts that are not runs of an ensemble."""
     if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            aside = path.replace(path.with_suffix(".damaged"))
+            print(f"{path} is damaged and is kept as {aside.name}; it is made again", file=sys.stderr)
     made = _finite(make())
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

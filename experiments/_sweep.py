@@ -9,6 +9,8 @@ import math
 import multiprocessing
 import os
 import platform
+import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -17,7 +19,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from gammaopt._errors import UsageError
 from gammaopt.online import Recipe, RunRecord, train
+from gammaopt.online.ensemble import Progress
 from gammaopt.online.streams import Batches
 
 Task = TypeVar("Task")
@@ -84,7 +88,7 @@ def resumed(
     missing = [name for name in tasks if name not in found]
     kept.parent.mkdir(parents=True, exist_ok=True)
     with open(kept, "a", encoding="utf-8") as file:
-        file.write("\n" if found else "")  # after a line that may have been cut off
+        file.write("\n" if file.tell() else "")  # after a line that may have been cut off
 
         def keep(number: int, result: Result) -> None:
             file.write(json.dumps([missing[number], result]) + "\n")
@@ -95,6 +99,34 @@ def resumed(
     return {name: found[name] for name in tasks}
 
 
+def progress(what: str) -> Callable[[float, float], None]:
+    """``show(done, total)`` on stderr: one line that moves on a terminal, else a line each half minute."""
+    terminal, began = sys.stderr.isatty(), time.monotonic()
+    every, last = (0.5, 0.0) if terminal else (30.0, began)
+
+    def show(done: float, total: float) -> None:
+        nonlocal last
+        now, ended = time.monotonic(), done >= total
+        if now - last < every and not (terminal and ended):
+            return
+        last = now
+        told = f"  {what}: {done:,.0f} of {total:,.0f} in {now - began:.0f} s"
+        print(
+            f"\r{told:<70}" if terminal else told,
+            end="\n" if ended or not terminal else "",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    return show
+
+
+def steps_done(what: str) -> Callable[[Progress], None]:
+    """:func:`progress` for the run-steps of a portrait."""
+    show = progress(f"{what}, run-steps")
+    return lambda made: show(made.done, made.total)
+
+
 def on_all_cores(
     function: Callable[[Task], Result],
     tasks: Sequence[Task],
@@ -103,9 +135,11 @@ def on_all_cores(
 ) -> list[Result]:
     """``function`` of each task, one thread each, in order; ``on_done`` is told each result and its number at once."""
     results: dict[int, Result] = {}
+    show = progress(getattr(function, "__name__", "runs").strip("_"))
 
     def keep(number: int, result: Result) -> None:
         results[number] = result
+        show(len(results), len(tasks))
         if on_done is not None:
             on_done(number, result)
 
@@ -139,7 +173,7 @@ def stable_edge(job: EdgeJob) -> float:
     below the edge a run at large γ is still on its plateau and does not train either.
 
     Raises:
-        ValueError: if the edge is not between ``low`` and ``high``.
+        UsageError: if the edge is not between ``low`` and ``high``.
     """
     learned: dict[float, float] = {}
     recipe = job.recipe
@@ -154,11 +188,11 @@ def stable_edge(job: EdgeJob) -> float:
 
     high = job.high
     if trains(high):
-        raise ValueError(f"γ = {job.gamma:g} trains at the highest rate, c = 10^{high:.2f}; raise it")
+        raise UsageError(f"γ = {job.gamma:g} trains at the highest rate, c = 10^{high:.2f}; raise it")
     while not trains(low := high - STEP):
         high = low
         if high < job.low:
-            raise ValueError(
+            raise UsageError(
                 f"γ = {job.gamma:g} trains at no rate down to c = 10^{high:.2f}; lower it, or give more steps"
             )
     while high - low > job.tolerance:
@@ -182,11 +216,11 @@ def best_rate(log10_rates: Sequence[float], scores: Sequence[float]) -> float:
     """log₁₀ of the best rate: the vertex of a parabola through the lowest score and its finite neighbours.
 
     Raises:
-        ValueError: if the lowest score lies at the end of the rates: the grid is too short to tell.
+        UsageError: if the lowest score lies at the end of the rates: the grid is too short to tell.
     """
     i = int(np.argmin(scores))
     if i in (0, len(scores) - 1):
-        raise ValueError(f"the best rate 10^{log10_rates[i]:.2f} lies at the end of its grid; widen the grid")
+        raise UsageError(f"the best rate 10^{log10_rates[i]:.2f} lies at the end of its grid; widen the grid")
     left, middle, right = scores[i - 1], scores[i], scores[i + 1]
     if not math.isfinite(left + right) or left + right - 2 * middle <= 0:
         return log10_rates[i]
@@ -227,6 +261,11 @@ def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     return float(fit[0]), math.sqrt(variance)
 
 
+def local_slopes(x: Sequence[float], y: Sequence[float]) -> str:
+    """From each point to the next, in words; ``y`` may have NaN."""
+    return "local slopes " + ", ".join(f"{one:.2f}" for one in np.diff(y) / np.diff(x) if math.isfinite(one))
+
+
 def parser(description: str | None, name: str, presets: Iterable[str]) -> argparse.ArgumentParser:
     """The arguments every experiment takes."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -235,18 +274,19 @@ def parser(description: str | None, name: str, presets: Iterable[str]) -> argpar
     return made
 
 
-def machine() -> str:
-    """The processor's model and how many of its cores there are."""
+def machine(device: str = "cpu") -> str:
+    """The processor's model and how many of its cores there are, after the accelerator's where that is used."""
     cpuinfo = Path("/proc/cpuinfo")
     models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     model = models[0].partition(":")[2].strip() if models else platform.machine()
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+    processor = f"{model}, {len(os.sched_getaffinity(0))} cores"
+    return processor if device == "cpu" else f"{torch.cuda.get_device_name()}; {processor}"
 
 
-def write(folder: Path, preset: str, content: dict[str, Any]) -> Path:
+def write(folder: Path, preset: str, content: dict[str, Any], device: str = "cpu") -> Path:
     """Write ``PRESET.json`` with date and machine; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = {"date": str(datetime.datetime.now(tz=datetime.UTC).date()), "machine": machine()}
+    made = {"date": str(datetime.datetime.now(tz=datetime.UTC).date()), "machine": machine(device)}
     path = folder / f"{preset}.json"
     path.write_text(json.dumps({**made, **content}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from _experiment import Claim, Found, Place, above, run
+from _sweep import steps_done
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -35,6 +36,7 @@ Array = NDArray[np.float64]
 METRICS = {"prequential_accuracy": "prequential accuracy", "final_accuracy": "accuracy at the end"}
 FRESH = 1000  # the first fresh seed
 RESAMPLES = 2000
+BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -81,30 +83,34 @@ class Sweep(NamedTuple):
 def sweep(preset: Preset, place: Place, loss: str, rates: tuple[float, float, int]) -> Sweep:
     """Choose a rate for each γ and budget, and train it on fresh seeds."""
     stream = place.stream
+    budgets = tuple(sorted({place.steps(budget, BATCH_SIZE) for budget in preset.budgets}))
     build = partial(MLP, math.prod(stream.shape), stream.classes, width=preset.width, depth=3)
     recipe = Recipe(
-        build, stream, loss, "sgd", max(preset.budgets), depth=3.0, device=place.device, dtype=torch.float64,  # type: ignore[arg-type]
+        build, stream, loss, "sgd", max(budgets), BATCH_SIZE, depth=3.0, device=place.device, dtype=torch.float64,  # type: ignore[arg-type]
     )  # fmt: skip
     grid = Grid.log(preset.gammas, rates, preset.seeds)
     folder = place.work / loss
-    tuned = portrait(recipe, grid, folder, budgets=preset.budgets)
-    scores = np.stack([tuned.arrays(budget)["prequential_accuracy"] for budget in preset.budgets], axis=1)
+    tuned = portrait(recipe, grid, folder, budgets=budgets, on_progress=steps_done(f"{loss}, tuning"))
+    scores = np.stack([tuned.arrays(budget)["prequential_accuracy"] for budget in budgets], axis=1)
     best = scores.mean(-1).argmax(-1)  # (γ, budget)
     tuning = np.take_along_axis(scores, best[..., None, None], axis=2)[:, :, 0]
     fresh = {metric: np.zeros((*best.shape, preset.fresh)) for metric in METRICS}
     for i, gamma in enumerate(grid.gammas):
         chosen = tuple(sorted({grid.rates[j] for j in best[i]}))
         seeds = tuple(range(FRESH, FRESH + preset.fresh))
-        made = portrait(recipe, Grid((gamma,), chosen, seeds), folder, budgets=preset.budgets)
+        made = portrait(
+            recipe, Grid((gamma,), chosen, seeds), folder,
+            budgets=budgets, on_progress=steps_done(f"{loss}, γ = {gamma:.2g}"),
+        )  # fmt: skip
         of = {(record.lr, record.steps, record.seed): record for record in made.records}
-        for k, budget in enumerate(preset.budgets):
+        for k, budget in enumerate(budgets):
             for s, seed in enumerate(seeds):
                 record: RunRecord = of[grid.rates[best[i, k]], budget, seed]
                 for metric in METRICS:
                     fresh[metric][i, k, s] = getattr(record, metric)
     last = len(grid.rates) - 1
     return Sweep(
-        loss, np.array(grid.gammas), preset.budgets, np.array(grid.rates)[best], fresh, tuning,
+        loss, np.array(grid.gammas), budgets, np.array(grid.rates)[best], fresh, tuning,
         int(((best == 0) | (best == last)).sum()),
     )  # fmt: skip
 
@@ -169,7 +175,7 @@ def claims_of(found: Sweep) -> list[Claim]:
 
 def measure(preset: Preset, place: Place) -> Found:
     """Both losses."""
-    sweeps = [sweep(preset, place, loss, rates) for loss, rates in zip(preset.losses, preset.rates, strict=False)]
+    sweeps = [sweep(preset, place, loss, rates) for loss, rates in zip(preset.losses, preset.rates, strict=True)]
     claims = [claim for found in sweeps for claim in claims_of(found)]
     told = []
     for found in sweeps:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -129,6 +129,7 @@ def train(job: Training) -> None:
 
 def measure(preset: Preset, place: Place) -> Found:
     """Train all networks, then compare their functions."""
+    preset = replace(preset, steps=place.steps(preset.steps, preset.batch_size))
     jobs = [
         Training(preset, gamma, seed, place.file(f"{gamma:g}-{seed}.pt", preset), place)
         for gamma in preset.gammas
@@ -138,8 +139,9 @@ def measure(preset: Preset, place: Place) -> Found:
     found = kept(place.file("compared.json", preset), partial(compare, preset, place, jobs))
     claims = claims_of(preset, found)
     lazy, rich = (fmean(found["across_seeds"][f"{gamma:g}"][-1]) for gamma in (preset.gammas[0], preset.gammas[-2]))
+    than = "more" if rich > lazy else "no more"
     meaning = (
-        f"Rich networks of different seeds become the same function, lazy ones less so: their cosine at the end is "
+        f"Rich networks of different seeds agree {than} than lazy ones: the cosine of their functions at the end is "
         f"{rich:.3f} at γ = {preset.gammas[-2]:g} and {lazy:.3f} at γ = {preset.gammas[0]:g}."
     )
     return Found(claims, meaning, picture(preset, found), found)

@@ -3,11 +3,12 @@
     python experiments/hessian_spectrum.py --preset cpu
 
 Spectra: an MLP on augmented digits (MSE, gradient descent on one batch of 256), the twenty largest eigenvalues at the
-start and at the end. A lazy network has as many outliers as there are classes: the NTK's largest eigenvalue, that of
-the mean input, comes once for each output. Their number is where two neighbours of the twenty are furthest apart.
+start, after a twentieth of the steps and at the end. A lazy network has as many outliers as there are classes: the
+NTK's largest eigenvalue, that of the mean input, comes once for each output. Their number is where two neighbours of
+the twenty are furthest apart.
 Sharpness: descents on a staircase of parities that stay below the edge end at λ_max ∝ γ^(−2) for small γ and
-γ^(−2/L) for γ ≥ 1; intervals are Student's t over the γ. At a larger rate sharpness × rate rises to 2 and stays there,
-where those descents would go beyond; its interval is Student's t over seeds.
+γ^(−2/L) for γ ≥ 1. At a larger rate sharpness × rate rises to 2 and stays there, where those descents would go beyond.
+Intervals are Student's t over seeds, of a slope for each.
 Writes results/hessian_spectrum/PRESET.json and .png and prints predicted | measured | interval | holds.
 """
 
@@ -28,9 +29,9 @@ from _experiment import Claim, Found, Place, above, kept, near, run, t_interval
 from _sweep import on_all_cores, slope
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 
 from gammaopt import SGD, EtaLaw, wrap
+from gammaopt._errors import UsageError
 from gammaopt.diagnostics import hessian_eigenvalues
 from gammaopt.diagnostics._monitor import EDGE
 from gammaopt.online import MLP
@@ -41,7 +42,6 @@ from gammaopt.report import draw_edge
 LAZY_UP_TO = 0.03  # above it deep networks bend
 LAZY_BAR, RICH_BAR = 0.2, 0.15  # of the exponents
 EDGE_BAR = 0.1  # of 2
-CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Preset:
     spectrum_gammas: tuple[float, ...] = (0.01, 1.0, 100.0)
     spectrum_samples: int = 256
     spectrum_rate: float = 10.0
+    eigenvalues: int = 20
     spectrum_steps: int = 600
 
 
@@ -85,32 +86,31 @@ def measure(preset: Preset, place: Place) -> Found:
     ends = kept(place.file("sharpness.json", preset), partial(measure_sharpness, preset, place))
     edge = kept(place.file("edge.json", preset), partial(measure_edge, preset, place, ends["points"]))
     parts = {"spectra": spectra, "sharpness": ends, "edge": edge}
-    claims = [Claim(**claim) for part in parts.values() for claim in part.pop("claims")]
-    claims = [Claim(**{**asdict(one), "interval": one.interval and tuple(one.interval)}) for one in claims]
+    claims = [Claim.from_dict(claim) for part in parts.values() for claim in part.pop("claims")]
     slopes = [one.measured for one in claims if one.what.startswith("exponent of the sharpness")]
     late = [one.measured for one in claims if one.what.startswith("sharpness × rate")]
     outliers = [int(one.measured) for one in claims if one.what.startswith("outliers")]
     meaning = (
         f"The sharpness falls like γ^{slopes[0]:.2f} where training is lazy and γ^{slopes[1]:.2f} where it is rich at "
-        f"L = {preset.depths[0]}; a lazy network has {outliers[0]} outliers for {CLASSES} classes, and a large γ "
-        f"sharpens until sharpness × rate is {late[-1]:.2f}."
+        f"L = {preset.depths[0]}; a lazy network has {outliers[0]} outliers for {parts['spectra']['classes']} classes, "
+        f"and a large γ sharpens until sharpness × rate is {late[-1]:.2f}."
     )
     return Found(claims, meaning, picture(parts), parts)
 
 
 def measure_spectra(preset: Preset, place: Place) -> dict[str, Any]:
-    """Twenty eigenvalues at the start and at the end of descents on digits."""
+    """Twenty eigenvalues at the start, early and at the end of descents on digits."""
     tasks = [(preset, gamma, place) for gamma in preset.spectrum_gammas]
-    spectra = on_all_cores(spectrum, tasks, place.cores)
-    claims = []
-    lazy = spectra[0]
+    spectra = on_all_cores(spectrum, tasks, place.cores if place.device == "cpu" else 1)
+    claims, lazy, classes = [], spectra[0], place.stream.classes
     for when in ("start", "end"):
         values = lazy[when]
         ratios = [a / b for a, b in pairwise(values)]
         count = 1 + max(range(len(ratios)), key=ratios.__getitem__)
-        claims.append(near(f"outliers, γ = {lazy['gamma']:g}, at the {when}", CLASSES, 0.5, float(count)))
-        claims.append(above(f"tenth eigenvalue over the eleventh, γ = {lazy['gamma']:g}, at the {when}", 3, ratios[9]))
-    return {"claims": [asdict(claim) for claim in claims], "spectra": spectra}
+        told = f"γ = {lazy['gamma']:g}, at the {when}"
+        claims.append(near(f"outliers, {told}", classes, 0.5, float(count)))
+        claims.append(above(f"eigenvalue {classes} over the next, {told}", 3, ratios[classes - 1]))
+    return {"claims": [asdict(claim) for claim in claims], "spectra": spectra, "classes": classes}
 
 
 def spectrum(task: tuple[Preset, float, Place]) -> dict[str, Any]:
@@ -118,18 +118,19 @@ def spectrum(task: tuple[Preset, float, Place]) -> dict[str, Any]:
     preset, gamma, place = task
     stream, device = place.stream, place.device
     x, y = (part[0] for part in stream.batches(0, 0, 1, preset.spectrum_samples))
-    x, y = x.to(device, torch.float64), torch.nn.functional.one_hot(y, CLASSES).to(device, torch.float64)
+    x, y = x.to(device, torch.float64), torch.nn.functional.one_hot(y, stream.classes).to(device, torch.float64)
     with seeded("cpu", 0):
-        net = MLP(math.prod(stream.shape), CLASSES, width=preset.width, depth=3).double().to(device)
+        net = MLP(math.prod(stream.shape), stream.classes, width=preset.width, depth=3).double().to(device)
         model = wrap(net, gamma, depth=3.0, parametrization="mean_field")
     optimizer, criterion = SGD(model.parameters(), lr=preset.spectrum_rate), CRITERIA["mse"]
     found: dict[str, Any] = {"gamma": gamma}
-    for when, steps in (("start", 0), ("end", preset.spectrum_steps)):
+    early = preset.spectrum_steps // 20
+    for when, steps in (("start", 0), ("early", early), ("end", preset.spectrum_steps - early)):
         for _ in range(steps):
             optimizer.zero_grad()
             criterion(model(x), y).backward()
             optimizer.step()
-        values = hessian_eigenvalues(model, "mse", [(x, y)], k=20).values
+        values = hessian_eigenvalues(model, "mse", [(x, y)], k=preset.eigenvalues).values
         found[when] = [float(f"{value:.5g}") for value in values.tolist()]
         found[f"{when}_loss"] = float(criterion(model(x), y).detach())
     return found
@@ -139,7 +140,19 @@ def measure_sharpness(preset: Preset, place: Place) -> dict[str, Any]:
     """λ_max at the end of descents over γ, for each depth, and its slopes."""
     sides = [(gamma, preset.lazy_rate if gamma < 1 else preset.rich_rate) for gamma in preset.gammas]
     runs = [
-        Descent(preset.width, preset.samples, gamma, rate, seed, depth, preset.steps, preset.until, ("sharpness",), 1)
+        Descent(
+            preset.width,
+            preset.samples,
+            gamma,
+            rate,
+            seed,
+            depth,
+            preset.steps,
+            preset.until,
+            ("sharpness",),
+            1,
+            place.device,
+        )
         for depth in preset.depths
         for gamma, rate in sides
         for seed in range(preset.seeds)
@@ -150,11 +163,16 @@ def measure_sharpness(preset: Preset, place: Place) -> dict[str, Any]:
         for gamma, _ in sides:
             mine = [end for run, end in zip(runs, done, strict=True) if (run.depth, run.gamma) == (depth, gamma)]
             logs = [math.log10(end.end_sharpness) for end in mine if end.end_sharpness]
+            if len(logs) < len(mine):
+                raise UsageError(
+                    f"{len(mine) - len(logs)} descents at γ = {gamma:g}, L = {depth} diverged; lower the rate"
+                )
             points.append(
                 {
                     "depth": depth,
                     "gamma": gamma,
                     "log10_sharpness": round(statistics.mean(logs), 4),
+                    "of_seeds": [round(log, 4) for log in logs],
                     "largest_sharpness_lr": round(max(end.measured[-1].sharpness_lr or 0.0 for end in mine), 3),
                     "loss": round(max(end.loss[-1] for end in mine), 4),
                     "steps": round(statistics.mean(end.record.steps for end in mine)),
@@ -167,12 +185,14 @@ def measure_sharpness(preset: Preset, place: Place) -> dict[str, Any]:
             ("γ ≥ 1", [g for g in preset.gammas if g >= 1], -2.0 / depth, RICH_BAR),
         ):
             chosen = [point for point in points if point["depth"] == depth and point["gamma"] in gammas]
-            found, error = slope(
-                [math.log10(point["gamma"]) for point in chosen], [point["log10_sharpness"] for point in chosen]
-            )
-            half = float(student.ppf(0.975, max(1, len(chosen) - 2))) * error
+            at = [math.log10(point["gamma"]) for point in chosen]
+            found = [slope(at, [point["of_seeds"][seed] for point in chosen])[0] for seed in range(preset.seeds)]
+            logs = [point["log10_sharpness"] for point in chosen]
+            local = ", ".join(f"{(d - c) / (b - a):.2f}" for (a, c), (b, d) in pairwise(zip(at, logs, strict=True)))
             what = f"exponent of the sharpness, L = {depth}, {side}"
-            claims.append(near(what, claimed, bar, found, (found - half, found + half)))
+            claims.append(
+                near(what, claimed, bar, statistics.mean(found), t_interval(found), why=f"local slopes {local}")
+            )
     free = max(point["largest_sharpness_lr"] for point in points)
     claims.append(Claim("largest sharpness × rate of these descents", f"< {EDGE[0]:g}", free, None, free < EDGE[0]))
     return {"claims": [asdict(claim) for claim in claims], "points": points}
@@ -190,6 +210,7 @@ def measure_edge(preset: Preset, place: Place, points: Sequence[dict[str, Any]])
             steps=preset.edge_steps,
             measures=("sharpness",),
             per_decade=preset.edge_per_decade,
+            device=place.device,
         )
         for gamma in preset.edge_gammas
         for seed in range(preset.seeds)
@@ -217,11 +238,13 @@ def picture(parts: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(14, 4.2), layout="constrained")
     first, second, third = figure.subplots(1, 3)
     for number, found in enumerate(parts["spectra"]["spectra"]):
-        for when, dash in (("start", "--"), ("end", "-")):
+        for when, dash in (("start", "--"), ("early", ":"), ("end", "-")):
             scaled = [value / found[when][0] for value in found[when]]
             label = f"γ = {found['gamma']:g}, {when}"
-            first.plot(range(1, 21), scaled, dash, marker="o", markersize=3, color=f"C{number}", label=label)
-    first.axvline(CLASSES + 0.5, color="grey", linewidth=0.8, linestyle=":")
+            first.plot(
+                range(1, len(scaled) + 1), scaled, dash, marker="o", markersize=3, color=f"C{number}", label=label
+            )
+    first.axvline(parts["spectra"]["classes"] + 0.5, color="grey", linewidth=0.8, linestyle=":")
     first.set(yscale="log", xlabel="k", ylabel="λ_k over λ_1", title="a lazy network has an outlier for each class")
     first.grid(alpha=0.25)
     first.legend(frameon=False, fontsize=8)

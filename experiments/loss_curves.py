@@ -3,11 +3,12 @@
     python experiments/loss_curves.py --preset cpu
 
 MLPs of width 64 in mean-field form learn augmented digits (MSE, SGD, one pass, float64) at the law's rate η = c·s(γ),
-c the same for every γ. The plateau ends where the online loss has fallen by a tenth for good; its exponent over γ ≥ 100
-has a 95 % interval over γ and seeds. For L = 2 it grows like log γ, so what is left after dividing by that has
-exponent 0. Curves of γ ≥ 100 are put on one axis t/plateau(γ), the law's plateau and no fitted one, and the spread
-between them is told before and after (0: one curve). A large γ falls in two stairs: first the best
-constant answer, which takes a tenth of the loss, then the images. Cells are kept in --work, so a killed run goes on.
+c the same for every γ. A large γ falls in two stairs: first the best constant answer, which takes a tenth of the loss,
+then the images. The plateau ends where the online loss has fallen by a twentieth for good, half of the first stair. Its
+exponent over γ ≥ 100 is a slope for each seed, with Student's 95 % interval over the seeds. For L = 2 it grows like
+log γ, so what is left after dividing by that has exponent 0. Curves of γ ≥ 100 are put on one axis t/plateau(γ), the
+law's plateau and no fitted one, and the spread between them is told before and after (0: one curve), with how far down
+the losses have come in the times that all of them have. Cells are kept in --work, so a killed run goes on.
 Writes results/loss_curves/PRESET.json and .png and prints predicted | measured | interval | holds.
 """
 
@@ -22,18 +23,19 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from _experiment import Claim, Found, Place, below, near, run, t_interval
-from _sweep import slope
+from _experiment import Claim, Found, Place, above, below, near, run, t_interval
+from _sweep import local_slopes, slope, steps_done
+from matplotlib import colormaps
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 
 from gammaopt import EtaLaw
-from gammaopt.diagnostics import Grid, collapse, dynamics, portrait
+from gammaopt.diagnostics import Collapse, Grid, collapse, dynamics, portrait
 from gammaopt.online import MLP, Recipe, RunRecord
 from gammaopt.report import draw_collapse, draw_dynamics
 
 TOLERANCE = 0.1  # of the plateaus' exponents
-RICH = 100.0  # the smallest γ whose plateau counts: at a tenth of the way f is still small against γ below
+RICH = 100.0  # the smallest γ whose plateau counts: below, f is not small against γ where the plateau ends
+MOVED = 0.05  # of the loss: half of the first stair
 Curves = dict[float, list[RunRecord]]  # γ → a record for each seed
 
 
@@ -69,9 +71,10 @@ def measure(preset: Preset, place: Place) -> Found:
     plateaus = {str(depth): {f"{g:g}": _plateaus(of) for g, of in curves.items()} for depth, curves in of_depth.items()}
     longest = max(preset.depths)
     first, last = (fmean(_plateaus(of_depth[longest][gamma])) for gamma in (RICH, max(of_depth[longest])))
+    one_curve = all(claim.holds for claim in claims if claim.what.startswith("spread"))
     meaning = (
-        f"A large γ waits before it learns, and then learns the same curve: at L = {longest} the plateau grows "
-        f"{last / first:.1f} × from γ = {RICH:g} to {max(of_depth[longest]):g}, predicted "
+        f"A large γ waits before it learns{', and then the same curve at each' * one_curve}: at L = {longest} the "
+        f"plateau grows {last / first:.1f} × from γ = {RICH:g} to {max(of_depth[longest]):g}, predicted "
         f"{(max(of_depth[longest]) / RICH) ** (1 - 2 / longest):.1f} ×."
     )
     return Found(claims, meaning, picture(of_depth), {"plateaus": plateaus})
@@ -82,11 +85,12 @@ def train(preset: Preset, place: Place, depth: int, steps: int, decades: int) ->
     stream = place.stream
     build = partial(MLP, math.prod(stream.shape), stream.classes, width=preset.width, depth=depth)
     recipe = Recipe(
-        build, stream, "mse", "sgd", steps, preset.batch_size,
+        build, stream, "mse", "sgd", place.steps(steps, preset.batch_size), preset.batch_size,
         depth=float(depth), device=place.device, dtype=torch.float64,
     )  # fmt: skip
     grid = Grid.log((1.0, 10.0**decades, 2 * decades + 1), (preset.rate, preset.rate, 1), preset.seeds)
-    return _by_gamma(portrait(recipe, grid, place.work / f"L{depth}").records)
+    made = portrait(recipe, grid, place.work / f"L{depth}", on_progress=steps_done(f"L = {depth}"))
+    return _by_gamma(made.records)
 
 
 def _by_gamma(records: Sequence[RunRecord]) -> Curves:
@@ -98,50 +102,54 @@ def _by_gamma(records: Sequence[RunRecord]) -> Curves:
 
 def _plateaus(records: Sequence[RunRecord]) -> list[float]:
     """Steps on the plateau of each seed; ``nan`` where it never ended."""
-    ends = [dynamics(record).plateau for record in records]
+    ends = [dynamics(record, moved=MOVED).plateau for record in records]
     return [math.nan if end is None else end for end in ends]
 
 
 def plateau_claims(depth: int, curves: Curves) -> list[Claim]:
     """The exponent of the plateau, and the collapse in rescaled time."""
     rich = [gamma for gamma in curves if gamma >= RICH * (1 - 1e-6)]
-    points = [(gamma, steps) for gamma in rich for steps in _plateaus(curves[gamma])]
-    left = sum(math.isnan(steps) for _, steps in points)
-    growth = [math.log(gamma) if depth == 2 else 1.0 for gamma, _ in points]
-    logs = [math.log10(steps / by) for (_, steps), by in zip(points, growth, strict=True) if not math.isnan(steps)]
-    at = [math.log10(gamma) for gamma, steps in points if not math.isnan(steps)]
-    found, error = slope(at, logs)
-    half = float(student.ppf(0.975, max(1, len(at) - 2))) * error
+    logs = np.log10([_plateaus(curves[gamma]) for gamma in rich])  # (γ, seed); NaN: still there
+    if depth == 2:
+        logs -= np.log10(np.log(rich))[:, None]
+    at = np.log10(rich)
+    left = np.isfinite(logs)
+    slopes = [slope(at[on].tolist(), logs[on, seed].tolist())[0] for seed, on in enumerate(left.T) if on.sum() > 1]
     what = "plateau over log γ" if depth == 2 else "plateau"
     claims = [
         near(
-            f"{what}, exponent, γ ≥ {RICH:g}, L = {depth}", 1 - 2 / depth, TOLERANCE, found,
-            (found - half, found + half),
+            f"{what}, exponent, γ ≥ {RICH:g}, L = {depth}", 1 - 2 / depth, TOLERANCE, fmean(slopes),
+            t_interval(slopes), why=local_slopes(at.tolist(), logs.mean(axis=1).tolist()),
         )
     ]  # fmt: skip
-    if left:
-        claims.append(Claim(f"runs still on their plateau, L = {depth}", "0", float(left), None, False))
+    if not left.all():
+        claims.append(Claim(f"runs still on their plateau, L = {depth}", "0", float((~left).sum()), None, False))
     if depth > 2:
-        law = EtaLaw(depth)
-        spreads = []
-        for seed in range(len(curves[rich[0]])):
-            chosen = [curves[gamma][seed] for gamma in rich]
-            spreads.append(collapse(chosen, [law.plateau_steps(gamma, at_one=1.0) for gamma in rich]))
-        after, before = fmean(one.spread for one in spreads), fmean(one.before for one in spreads)
-        claims.append(
-            below(f"spread in rescaled time over in steps ({before:.2f}), L = {depth}", 0.5, after / before)
-        )  # fmt: skip
+        together = [_collapsed(depth, curves, rich, seed) for seed in range(logs.shape[1])]
+        ratios = [one.spread / one.before for one in together]
+        lowest = float(np.mean([one.curves[:, -1].mean() for one in together]))
+        told = f"of the loss from 1 to {lowest:.2g}, L = {depth}"
+        claims.append(below(f"spread in rescaled time over in steps, {told}", 0.5, fmean(ratios), t_interval(ratios)))
     return claims
+
+
+def _collapsed(depth: int, curves: Curves, gammas: Sequence[float], seed: int) -> Collapse:
+    """Curves of one seed in units of the law's plateau."""
+    law = EtaLaw(depth)
+    return collapse([curves[g][seed] for g in gammas], [law.plateau_steps(g, at_one=1.0) for g in gammas])
 
 
 def stair_claims(depth: int, curves: Curves) -> list[Claim]:
     """The first stair of a large γ is the best constant answer: a tenth of the loss, for ten classes alike."""
-    found = [dynamics(record, start=start_of(record)).drops for record in curves[stairs_gamma(curves)]]
-    told = f"γ = {stairs_gamma(curves):g}, L = {depth}"
+    gamma = stairs_gamma(curves)
+    found = [dynamics(record, start=start_of(record)).drops for record in curves[gamma]]
+    told = f"γ = {gamma:g}, L = {depth}"
     sizes, fewest = [drops[0].size if drops else 0.0 for drops in found], min(map(len, found))
+    second = [drops[1].size if len(drops) > 1 else 0.0 for drops in found]
     return [
         Claim(f"stairs, {told}, fewest over seeds", "≥ 2", float(fewest), None, fewest >= 2),
         near(f"size of the first stair, {told}", 0.1, 0.02, fmean(sizes), t_interval(sizes)),
+        above(f"size of the second stair, {told}", 0.1, fmean(second), t_interval(second)),
     ]
 
 
@@ -157,15 +165,12 @@ def start_of(record: RunRecord) -> float:
 
 
 def picture(of_depth: dict[int, Curves]) -> Figure:
-    """Curves of the depth nearest 3; the plateaus of all; rescaled; the stairs."""
+    """Curves of the depth nearest 4; the plateaus of all; rescaled; the stairs."""
     figure = Figure(figsize=(11, 7.6), layout="constrained")
     axes = figure.subplots(2, 2)
     depth = min(of_depth, key=lambda one: abs(one - 4))
     curves = of_depth[depth]
-    shades = np.linspace(0.1, 0.9, len(curves))
-    import matplotlib
-
-    colours = [matplotlib.colormaps["viridis"](shade) for shade in shades]
+    colours = [colormaps["viridis"](shade) for shade in np.linspace(0.1, 0.9, len(curves))]
     for colour, (gamma, records) in zip(colours, curves.items(), strict=True):
         mean = np.mean([record.curve.loss for record in records], axis=0)
         axes[0, 0].plot(records[0].curve.steps, mean / mean[0], color=colour, label=f"γ = {gamma:.3g}")
@@ -184,9 +189,7 @@ def picture(of_depth: dict[int, Curves]) -> Figure:
     )  # fmt: skip
     axes[0, 1].legend(frameon=False, fontsize=8)
     rich_gammas = [gamma for gamma in curves if gamma >= RICH * (1 - 1e-6)]
-    law = EtaLaw(depth)
-    collapsed = collapse([curves[g][0] for g in rich_gammas], [law.plateau_steps(g, at_one=1.0) for g in rich_gammas])
-    draw_collapse(collapsed, [f"γ = {gamma:.3g}" for gamma in rich_gammas], axes[1, 0])
+    draw_collapse(_collapsed(depth, curves, rich_gammas, 0), [f"γ = {gamma:.3g}" for gamma in rich_gammas], axes[1, 0])
     gamma = stairs_gamma(curves)
     draw_dynamics(curves[gamma][0], axes[1, 1])
     axes[1, 1].set_title(f"two stairs: the classes' frequencies, then the images; γ = {gamma:.3g}", fontsize=10)

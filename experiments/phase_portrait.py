@@ -21,13 +21,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
 from _experiment import Claim, Found, Place, near, run
+from _sweep import local_slopes, steps_done
 from numpy.typing import NDArray
 from scipy.stats import t
 
+from gammaopt._errors import UsageError
 from gammaopt._fit import critical_rates, fit_slopes
 from gammaopt.diagnostics import Grid, Portrait, portrait
 from gammaopt.online import MLP, Recipe
@@ -87,20 +91,37 @@ PRESETS = {
 def measure(preset: Sequence[Case], place: Place) -> Found:
     """All portraits, and what each can decide."""
     portraits = {case: draw(case, place) for case in preset}
-    claims = [claim for case, made in portraits.items() for claim in examine(case, made)]
-    shown = next((made for case, made in portraits.items() if case.depth == 3), next(iter(portraits.values())))
+    claims = {case: examine(case, made) for case, made in portraits.items()}
+    plain = [case for case in preset if (case.optimizer, case.loss) == ("sgd", "mse") and len(case.budgets) == 1]
+    shown = next((case for case in plain if case.depth == 3), plain[0])
     edges = [
         f"γ^{claim.measured:.2f} at L = {case.depth}"
-        for case, made in portraits.items()
-        if (case.optimizer, case.loss) == ("sgd", "mse") and len(case.budgets) == 1
-        for claim in examine(case, made)
-        if claim.what.startswith("edge exponent")
+        for case in plain
+        for claim in claims[case]
+        if claim.what.startswith("edge exponent, γ ≥ 1")
     ]
     meaning = (
-        f"The largest rate that trains follows {', '.join(edges)} under SGD and MSE, predicted γ^(2/L): every γ has "
-        "its own learning rate, and the law knows it."
+        f"Every γ has its own learning rate: the largest that trains follows {', '.join(edges)} under SGD and MSE for "
+        f"γ ≥ 1, predicted γ^(2/L); the picture is L = {shown.depth}."
     )
-    return Found(claims, meaning, draw_portrait(shown))
+    figure = draw_portrait(portraits[shown])
+    figure.suptitle(f"L = {shown.depth}, {shown.optimizer.upper()}, {shown.loss.upper()}", fontsize=11)
+    data = {case.name: rates(case, made) for case, made in portraits.items()}
+    return Found([one for of in claims.values() for one in of], meaning, figure, {"portraits": data})
+
+
+def rates(case: Case, made: Portrait) -> dict[str, Any]:
+    """What the claims are made from: [γ, seed, log₁₀ η] of best rates and edges, and [γ, log₁₀ η] of lower edges."""
+    longest = made.at(max(case.budgets))
+    of_seeds = {
+        of: [[p.gamma, p.seed, round(math.log10(p.lr), 4)] for p in critical_rates(longest, of)]
+        for of in ("best", "edge")
+    }
+    lower = {
+        str(budget): [[gamma, round(math.log10(eta), 4)] for gamma, eta in made.trained_edge(budget).items()]
+        for budget in case.budgets
+    }
+    return {**of_seeds, "lower": lower}
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -120,7 +141,10 @@ def draw(case: Case, place: Place) -> Portrait:
         device=place.device,
         dtype=torch.float64,
     )
-    return portrait(recipe, Grid.log(case.gammas, case.rates, case.seeds), place.work / case.name, budgets=case.budgets)
+    return portrait(
+        recipe, Grid.log(case.gammas, case.rates, case.seeds), place.work / case.name,
+        budgets=case.budgets, on_progress=steps_done(case.name),
+    )  # fmt: skip
 
 
 def examine(case: Case, made: Portrait) -> list[Claim]:
@@ -132,8 +156,10 @@ def examine(case: Case, made: Portrait) -> list[Claim]:
         claims.append(spread_of_best_rate(case, made, 0.01 if case.depth <= 3 else 1.0))
     law = made.law
     if case.loss == "cross_entropy":
-        claims.append(edge_exponent(case, made, "edge exponent, 0.03 ≤ γ ≤ 1", law.lazy, 0.3))
+        claims.append(edge_exponent(case, made, "edge exponent, 0.03 ≤ γ ≤ 1", law.lazy, 0.2))
     else:
+        if (case.optimizer, min(case.gammas[:2])) == ("sgd", 0.01):
+            claims.append(edge_exponent(case, made, "edge exponent, 0.01 ≤ γ ≤ 1", law.lazy, 0.2))
         claims.append(edge_exponent(case, made, "edge exponent, γ ≥ 1", law.rich, 0.1))
     return claims
 
@@ -191,13 +217,16 @@ def half_range(
 
 def edge_exponent(case: Case, made: Portrait, what: str, predicted: float, tolerance: float) -> Claim:
     """Slope of the stable edge on one side of γ = 1."""
-    rich = "≥" in what
+    rich = "γ ≥ 1" in what
     points = [p for p in critical_rates(made.records, "edge") if (p.gamma >= 0.999 if rich else p.gamma <= 1.001)]
     slopes = fit_slopes(points, bend=1.0)
     measured, interval = (slopes.rich, slopes.rich_interval) if rich else (slopes.lazy, slopes.lazy_interval)
     if measured is None or interval is None:
-        raise ValueError(f"{case.name}: too few γ have their stable edge inside the rates; widen the grid")
-    return near(f"{what}; {case.name}", predicted, tolerance, measured, interval)
+        raise UsageError(f"{case.name}: too few γ have their stable edge inside the rates; widen the grid")
+    gammas = sorted({p.gamma for p in points})
+    middles = [fmean(math.log(p.lr) for p in points if p.gamma == gamma) for gamma in gammas]
+    local = local_slopes([math.log(gamma) for gamma in gammas], middles)
+    return near(f"{what}; {case.name}", predicted, tolerance, measured, interval, why=local)
 
 
 def lower_edge(case: Case, made: Portrait) -> list[Claim]:
@@ -231,12 +260,12 @@ def common_slope(lines: Sequence[Sequence[tuple[float, float]]], reach: float = 
     they scatter less.
 
     Raises:
-        ValueError: if there are too few points to tell the slope's error.
+        UsageError: if there are too few points to tell the slope's error.
     """
     x, y = (np.concatenate([[p[i] - np.mean([q[i] for q in line]) for p in line] for line in lines]) for i in (0, 1))
     free = len(x) - len(lines) - 1
     if free < 1:
-        raise ValueError(f"{len(x)} points of the lower edge are too few for its slope; widen the grid")
+        raise UsageError(f"{len(x)} points of the lower edge are too few for its slope; widen the grid")
     found = float(x @ y / (x @ x))
     variance = max(float(((y - found * x) ** 2).sum()) / free, reach**2 / 3)
     half = float(t.ppf(0.975, free)) * math.sqrt(variance / float(x @ x))

@@ -140,6 +140,25 @@ class TuneResult:
         return tuple(found)
 
     @property
+    def p_value(self) -> float:
+        """The p of the verdict "confirmed" or "worse": the largest of those against γ = 1 at each of its rates.
+
+        Each of them has to be shown, so the union of their nulls is rejected at this p (R. L. Berger, "Multiparameter
+        hypothesis testing and acceptance sampling", Technometrics 24, 1982). Differences of both signs have p = 1.
+        It is what :func:`holm` corrects over several studies.
+        """
+        every = [self.confirm, *(rival.confirm for rival in self.rivals)]
+        if len({one.mean_difference > 0 for one in every}) > 1:
+            return 1.0
+        return max(one.p_value for one in every)
+
+    @property
+    def smallest_difference(self) -> float:
+        """Of tuned γ and γ = 1 at any of its rates: what the choice of a rate can't explain."""
+        every = [self.confirm.mean_difference, *(rival.confirm.mean_difference for rival in self.rivals)]
+        return min(every) if self.confirm.mean_difference > 0 else max(every)
+
+    @property
     def verdict(self) -> Verdict:
         """``"confirmed"``, ``"not confirmed"``, ``"worse"``, or ``"range too small"``: see :attr:`at_edge`."""
         return judge(self.confirm, self.rivals, edge=bool(self.at_edge))
@@ -155,8 +174,8 @@ class TuneResult:
         elif self.verdict == "confirmed":
             sentence, points = f"Confirmed: γ = {tuned.gamma:.3g} beats γ = 1", f" by {difference}"
         elif self.verdict == "worse":
-            beside = "below" if self.plan.direction == "maximize" else "above"
-            sentence, points = f"Worse: γ = {tuned.gamma:.3g} is {beside} γ = 1", f" by {difference.lstrip('-')}"
+            side = "below" if self.plan.direction == "maximize" else "above"
+            sentence, points = f"Worse: γ = {tuned.gamma:.3g} is {side} γ = 1", f" by {difference.lstrip('-')}"
         else:
             sentence, points = f"Not confirmed: γ = {tuned.gamma:.3g} can't be told from γ = 1", f": {difference}"
             if self.confirm.verdict == "confirmed":
@@ -167,12 +186,15 @@ class TuneResult:
                 easiest = max(self.rivals, key=lambda rival: rival.confirm.ci95[1])
                 sentence = f"Not confirmed: γ = {tuned.gamma:.3g} does not lose to γ = 1 at lr = {easiest.lr:.3g}"
                 points = f" ({shown(easiest.confirm.mean_difference)}), only at the rate it chose: {difference}"
+        beside = ""
+        if self.verdict in ("confirmed", "worse") and self.smallest_difference != self.confirm.mean_difference:
+            beside = f"; against γ = 1 at a rate beside it {shown(self.smallest_difference)} at least"
         unit = "points of" if self.plan.scale == 100 else "in"
         lower = "" if self.plan.direction == "maximize" else "lower is better: "
         return (
             f"{sentence}{points} {unit} {self.metric.replace('_', ' ')} "
             f"({lower}{self.shown(tuned.confirmed_score)} against {self.shown(base.confirmed_score)}; 95 % interval "
-            f"{low} to {high}, p = {self.confirm.p_value:.2g}, {len(self.confirm.seeds)} fresh paired seeds)."
+            f"{low} to {high}, p = {self.confirm.p_value:.2g}, {len(self.confirm.seeds)} fresh paired seeds{beside})."
         )
 
     def budget_in_words(self) -> str:
@@ -199,6 +221,8 @@ class TuneResult:
             "lr": tuned.lr,
             "baseline": {"gamma": base.gamma, "lr": base.lr},
             "verdict": self.verdict,
+            "p_value": self.p_value,
+            "smallest_difference": self.smallest_difference,
             "in_words": self.in_words(),
             "confirm": dataclasses.asdict(self.confirm),
             "confirm_final": None if self.confirm_final is None else dataclasses.asdict(self.confirm_final),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gammaopt import UsageError
 from gammaopt.online import Digits, Staircase, Stream
-from gammaopt.online.streams import Batches, Split
+from gammaopt.online.streams import Batches, Split, _random
 
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 
@@ -85,6 +85,13 @@ def test_shapes_and_types_are_those_the_stream_announces(stream: Stream) -> None
 def test_no_digit_is_shown_twice_in_a_pass(digits: Digits) -> None:
     inputs, _ = digits.batches(0, 0, 200, 32)
     assert len(torch.unique(inputs.flatten(0, 1).flatten(1), dim=0)) == 200 * 32
+
+
+def test_no_two_steps_of_a_long_pass_share_a_key(digits: Digits) -> None:
+    # These two had the same low 32 bits of their hash, all that torch's generator keeps: one batch, twice.
+    assert not same(digits.batches(0, 27_219, 27_220, 8), digits.batches(0, 57_902, 57_903, 8))
+    keys = _random.keys(0, 0, 100_000, "train", torch.device("cpu"), "digit")
+    assert len(torch.unique(keys)) == 100_000
 
 
 def test_digits_have_about_zero_mean_and_unit_variance(digits: Digits) -> None:

@@ -1,9 +1,8 @@
-"""What a stream is, the random generator of one of its batches, and a stream kept in memory."""
+"""What a stream is, its name with its knobs, and its batches kept in memory."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from typing import Literal, Protocol, Self
 
@@ -95,12 +94,6 @@ class Finite:
 def on_device(stream: Stream, device: torch.device | str) -> Stream:
     """The stream made on ``device``, where it can be, else as it is."""
     return stream.to(device) if isinstance(stream, Generated) else stream
-
-
-def generator(seed: int, step: int, split: Split) -> torch.Generator:
-    """The random generator of one batch; seeds that differ in any part give unrelated draws."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{split}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 class Batches:

@@ -6,6 +6,7 @@ import linear_toy as toy
 import numpy as np
 import pytest
 import torch
+from _experiment import near
 from scipy.integrate import solve_ivp
 
 
@@ -50,3 +51,31 @@ def test_the_edge_of_a_known_rule_is_found_to_a_hundredth_of_a_decade() -> None:
     assert toy.exponent(gammas, logs)[0] == pytest.approx(1.5, abs=0.01)
     with pytest.raises(ValueError, match="outside the rates"):
         toy.edge(lambda gamma, eta: eta < 1e9 * gamma, gammas, gammas, upper=True)
+
+
+def test_descent_ends_at_the_closed_forms() -> None:
+    for depth in (2, 4):
+        found = toy.checks(toy.PRESETS["smoke"], depth)
+        assert found["sharpness at the end"] < 1e-3
+        assert found["time to half"] < 0.01
+
+
+def test_claims_are_exponents_and_none_is_another_one_shifted() -> None:
+    preset = toy.PRESETS["smoke"]
+    claims = [*toy.scalar_claims(preset, 3)[0], *toy.lower_edge(preset, 3)]
+    assert all(" ± " in claim.predicted for claim in claims)
+    assert not [claim.what for claim in claims if "distance" in claim.what or "steps to" in claim.what]
+
+
+def test_a_measured_exponent_has_students_interval_and_its_local_slopes() -> None:
+    gammas, logs = np.array([1.0, 10.0, 100.0]), np.array([0.0, 0.9, 2.0])
+    found, interval, why = toy.exponent(gammas, logs)
+    assert interval is not None
+    assert interval[1] - found == pytest.approx(12.706 * 0.1 * 3**-0.5, rel=1e-3)  # t of one degree of freedom
+    assert why == "local slopes 0.90, 1.10"
+
+
+def test_the_sentence_counts_exponents_and_names_those_that_miss() -> None:
+    good, bad = near("stable edge, L = 2", 1.0, 0.05, 1.01), near("stable edge, L = 3", 0.67, 0.05, 0.9)
+    assert toy.meaning([good]) == "A deep linear network has 1 of 1 exponents of the law."
+    assert "1 of 2 exponents of the law but not stable edge, L = 3: 0.90 instead of 0.67" in toy.meaning([good, bad])

@@ -1,0 +1,55 @@
+"""Student's 95 % interval of an exponent: from one line's scatter, or from the lines of several seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+from _experiment import t_interval
+from _sweep import slope
+from scipy.stats import t as student
+
+Interval = tuple[float, float]
+Line = tuple[Sequence[float], Sequence[float]]  # x, y
+
+
+def slope_interval(x: Sequence[float], y: Sequence[float], reach: float = 0.0) -> tuple[float, Interval | None]:
+    """Least-squares slope and its interval by Student's t; ``None`` for two points, which have no scatter.
+
+    Args:
+        x, y: the points.
+        reach: how close a y can be known, on a grid half of its step. Points that lie on a line by the grid's grace
+            leave no scatter, so that the interval is no narrower than what errors of this size can do.
+    """
+    found, error = slope(x, y)
+    if len(x) < 3:
+        return found, None
+    half = max(float(student.ppf(0.975, len(x) - 2)) * error, _least(x, reach))
+    return found, (found - half, found + half)
+
+
+def seeds_slope(lines: Sequence[Line], reach: float = 0.0) -> tuple[float, Interval | None]:
+    """Mean of the seeds' slopes and its interval over seeds; of one seed that of :func:`slope_interval`.
+
+    Points of one seed share its network and its data, whatever their x: only seeds are independent.
+    """
+    if len(lines) == 1:
+        return slope_interval(*lines[0], reach)
+    slopes = [slope(x, y)[0] for x, y in lines]
+    found, (low, high) = float(np.mean(slopes)), t_interval(slopes) or (0.0, 0.0)
+    half = max((high - low) / 2, max(_least(x, reach) for x, _ in lines))
+    return found, (found - half, found + half)
+
+
+def _least(x: Sequence[float], reach: float) -> float:
+    """How much errors of ± ``reach`` in each y can change the slope."""
+    apart = np.asarray(x) - np.mean(x)
+    return reach * float(np.abs(apart).sum() / (apart**2).sum())
+
+
+def local_slopes(x: Sequence[float], y: Sequence[float]) -> str:
+    """Of the means of y at neighbouring x, in words: where they differ, no one power is the law."""
+    means = {at: float(np.mean([b for a, b in zip(x, y, strict=True) if a == at])) for at in sorted(set(x))}
+    told = [f"{(after[1] - before[1]) / (after[0] - before[0]):.2f}" for before, after in pairwise(means.items())]
+    return f"local slopes {', '.join(told)}"

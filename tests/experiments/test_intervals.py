@@ -1,0 +1,60 @@
+"""Intervals of exponents: scipy's regression beside them, and how often they hold the truth with few points."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from _intervals import local_slopes, seeds_slope, slope_interval
+from scipy.stats import linregress
+from scipy.stats import t as student
+
+
+def test_the_interval_of_a_slope_is_that_of_scipys_regression() -> None:
+    x, y = [0.0, 1.0, 2.0, 3.5], [0.1, 0.9, 2.3, 3.1]
+    fit = linregress(x, y)
+    found, interval = slope_interval(x, y)
+    half = student.ppf(0.975, 2) * fit.stderr
+    assert found == pytest.approx(fit.slope, abs=1e-12)
+    assert interval == pytest.approx((fit.slope - half, fit.slope + half), abs=1e-12)
+    assert slope_interval(x[:2], y[:2]) == (pytest.approx(0.8), None)
+
+
+@pytest.mark.parametrize("points", [3, 5])
+def test_an_interval_of_few_points_holds_the_truth_19_times_in_20(points: int) -> None:
+    random, x = np.random.default_rng(0), list(range(points))
+    drawn = [slope_interval(x, list(2.0 * np.array(x) + random.normal(size=points)))[1] for _ in range(2000)]
+    held = np.mean([low <= 2.0 <= high for low, high in (one for one in drawn if one)])
+    assert held == pytest.approx(0.95, abs=0.015)
+
+
+def test_seeds_count_and_not_their_points() -> None:
+    """A level and a slope of each seed's own: many points of a seed tell that seed's slope, not the mean one."""
+    random, x = np.random.default_rng(0), np.linspace(0, 3, 20)
+
+    def interval() -> tuple[float, float]:
+        made = seeds_slope([(list(x), list(random.normal(1.0, 0.2) * x)) for _ in range(3)])[1]
+        assert made is not None
+        return made
+
+    held = np.mean([low <= 1.0 <= high for low, high in (interval() for _ in range(1000))])
+    assert held == pytest.approx(0.95, abs=0.02)
+
+
+def test_one_seed_has_the_interval_of_its_line() -> None:
+    line = [0.0, 1.0, 2.0], [0.0, 1.1, 1.9]
+    assert seeds_slope([line]) == slope_interval(*line)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_points_on_a_grid_are_known_no_closer_than_its_step(seeds: int) -> None:
+    x, truth = np.arange(5.0), 0.503
+    rounded = list(np.round(truth * x, 1))  # 0.0, 0.5, 1.0, 1.5, 2.0: no scatter
+    assert slope_interval(list(x), rounded)[1] == pytest.approx((0.5, 0.5))
+    _, interval = seeds_slope([(list(x), rounded)] * seeds, reach=0.05)
+    assert interval == pytest.approx((0.5 - 0.05 * 6 / 10, 0.5 + 0.05 * 6 / 10))
+    assert interval is not None
+    assert interval[0] < truth < interval[1]
+
+
+def test_local_slopes_are_those_of_the_means() -> None:
+    assert local_slopes([0, 0, 1, 1, 3], [0.0, 0.2, 0.6, 0.8, 0.7]) == "local slopes 0.60, 0.00"

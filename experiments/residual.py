@@ -4,7 +4,8 @@
 
 Its depth is no number of layers: the last normalisation undoes the scale of all before it, so that L_eff, measured by
 gammaopt.effective_depth, is about 2 however many blocks there are. Augmented digits, MSE, mean-field form, one pass.
-For each γ the best rate is the vertex of a parabola through log held-out loss on a grid of rates.
+For each γ the best rate is the vertex of a parabola through log held-out loss on a grid of rates; the exponent is the
+slope of log η* in log γ, with Student's 95 % interval.
 Writes results/residual/PRESET.json and .png beside this file and prints predicted | measured | interval | holds.
 """
 
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _experiment import Found, Place, near, run
-from _sweep import best_rates, even, slope
+from _experiment import Claim, Found, Place, near, run
+from _intervals import local_slopes, slope_interval
+from _sweep import best_rates, even
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -70,18 +72,30 @@ def network(blocks: int, width: int) -> nn.Sequential:
 def measure(preset: Preset, place: Place) -> Found:
     """One row for each number of blocks."""
     rows = [row(preset, place, blocks) for blocks in preset.blocks]
-    claims = [
-        near(
-            f"best rate, {row['blocks']} blocks, L_eff = {row['depth']:.2f}", row["predicted"], TOLERANCE,
-            row["measured"], (row["measured"] - 2 * row["error"], row["measured"] + 2 * row["error"]),
-        )
+    claims = [claim(row) for row in rows]
+    return Found(claims, meaning(rows, claims), picture(rows), {"rows": rows})
+
+
+def claim(row: dict[str, Any]) -> Claim:
+    """The exponent of one number of blocks."""
+    what = f"best rate, {row['blocks']} blocks, L_eff = {row['depth']:.2f}"
+    why = local_slopes([math.log10(gamma) for gamma in row["gammas"]], row["log10_best"])
+    return near(what, row["predicted"], TOLERANCE, row["measured"], row["interval"], why)
+
+
+def meaning(rows: Sequence[dict[str, Any]], claims: Sequence[Claim]) -> str:
+    """One sentence on whether the exponents are those of the effective depth."""
+    if all(claim.holds for claim in claims):
+        start = "The exponent of a normalised residual network is that of its effective depth"
+    else:
+        missed = sum(not claim.holds for claim in claims)
+        start = f"2/L_eff is not the exponent of {missed} of {len(claims)} normalised residual networks"
+    told = "; ".join(
+        f"{2 * row['blocks'] + 2} weight layers: γ^{row['measured']:.2f} (γ^{row['predicted']:.2f} by 2/L_eff, "
+        f"γ^{2 / (2 * row['blocks'] + 2):.2f} by the number of layers)"
         for row in rows
-    ]  # fmt: skip
-    meaning = (
-        f"A normalised residual network's depth is its effective one: {2 * rows[0]['blocks'] + 2} weight layers deep, "
-        f"its best rate follows γ^{rows[0]['measured']:.2f}; predicted γ^{rows[0]['predicted']:.2f}."
     )
-    return Found(claims, meaning, picture(rows), {"rows": rows})
+    return f"{start}: {told}."
 
 
 def row(preset: Preset, place: Place, blocks: int) -> dict[str, Any]:
@@ -94,7 +108,7 @@ def row(preset: Preset, place: Place, blocks: int) -> dict[str, Any]:
     )
     law = EtaLaw(depth)
     best = [c + math.log10(law.factor(gamma)) for c, gamma in zip(logs, preset.gammas, strict=True)]
-    measured, error = slope([math.log10(gamma) for gamma in preset.gammas], best)
+    measured, interval = slope_interval([math.log10(gamma) for gamma in preset.gammas], best)
     return {
         "blocks": blocks,
         "depth": round(depth, 4),
@@ -102,7 +116,7 @@ def row(preset: Preset, place: Place, blocks: int) -> dict[str, Any]:
         "log10_best": [round(rate, 3) for rate in best],
         "predicted": law.rich,
         "measured": round(measured, 4),
-        "error": round(error, 4),
+        "interval": interval and tuple(round(end, 4) for end in interval),
     }
 
 

@@ -6,7 +6,7 @@
 rate that trains is found by bisection, under a law that is told nothing of the knee. The bend is where the two-segment
 line with slopes 2 and 2/L, fitted to log edge against log γ, changes its slope. Predicted: gammaopt.knee, within half a
 decade. Writes results/knee/PRESET.json and .png and prints predicted | measured | interval
-| holds; the interval is ± 2 standard errors of the jackknife over γ.
+| holds; the interval is Student's, from the standard error of the jackknife over γ.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 from _experiment import Claim, Found, Place, run
+from _intervals import local_slopes
 from _sweep import EdgeJob, even, stable_edges
 from matplotlib.figure import Figure
+from scipy.stats import t as student
 from torch import nn
 
 import gammaopt
@@ -66,21 +68,30 @@ def standard(inputs: int, outputs: int, width: int) -> MLP:
 def measure(preset: Preset, place: Place) -> Found:
     """One row for each task and width."""
     rows = measure_rows(preset, place)
-    claims = [
-        Claim(
-            f"bend over knee, {row['task']}, width {row['width']} (knee {row['predicted']:.1f})",
-            f"{10**-TOLERANCE:.2f} … {10**TOLERANCE:.2f}", row["measured"] / row["predicted"],
-            (row["low"] / row["predicted"], row["high"] / row["predicted"]), row["holds"],
-        )
-        for row in rows
-    ]  # fmt: skip
-    off = max(abs(math.log10(row["measured"] / row["predicted"])) for row in rows)
-    meaning = (
-        f"Outside mean-field form lazy turns rich where gammaopt.knee says, from one batch, within a factor of "
-        f"{10**off:.1f}: not at γ = 1, but at γ ≈ {min(row['predicted'] for row in rows):.0f} to "
-        f"{max(row['predicted'] for row in rows):.0f}."
+    claims = [claim(row) for row in rows]
+    return Found(claims, meaning(rows, claims), picture(rows), {"rows": rows})
+
+
+def claim(row: dict[str, Any]) -> Claim:
+    """Measured bend over predicted knee."""
+    over = row["measured"] / row["predicted"]
+    holds = abs(math.log10(over)) <= TOLERANCE
+    what = f"bend over knee, {row['task']}, width {row['width']} (knee {row['predicted']:.1f})"
+    within = f"{10**-TOLERANCE:.2f} … {10**TOLERANCE:.2f}"
+    interval = row["low"] / row["predicted"], row["high"] / row["predicted"]
+    why = local_slopes([math.log10(gamma) for gamma in row["gammas"]], row["log10_edge"])
+    return Claim(what, within, over, interval, holds, "" if holds else why)
+
+
+def meaning(rows: Sequence[dict[str, Any]], claims: Sequence[Claim]) -> str:
+    """One sentence on how many bends are where the knee is, and how far off they are."""
+    held, off = sum(claim.holds for claim in claims), max(abs(math.log10(claim.measured)) for claim in claims)
+    bends, knees = [row["measured"] for row in rows], [row["predicted"] for row in rows]
+    return (
+        f"Outside mean-field form lazy turns rich at γ ≈ {min(bends):.1f} to {max(bends):.1f} where gammaopt.knee "
+        f"predicts {min(knees):.1f} to {max(knees):.1f} from one batch: {held} of {len(claims)} bends lie within half "
+        f"a decade of it, the furthest off by a factor of {10**off:.1f}."
     )
-    return Found(claims, meaning, picture(rows), {"rows": rows})
 
 
 def measure_rows(preset: Preset, place: Place) -> list[dict[str, Any]]:
@@ -103,7 +114,7 @@ def measure_rows(preset: Preset, place: Place) -> list[dict[str, Any]]:
         logs = [math.log10(gamma) for gamma in preset.gammas]
         level, bent = bend(logs, edges)
         without = [bend(logs[:i] + logs[i + 1 :], edges[:i] + edges[i + 1 :])[1] for i in range(len(logs))]
-        error = math.sqrt((len(logs) - 1) * np.var(without))  # the jackknife's
+        half = jackknife_half(without)
         rows.append(
             {
                 "task": case[0],
@@ -113,12 +124,16 @@ def measure_rows(preset: Preset, place: Place) -> list[dict[str, Any]]:
                 "log10_edge_at_bend": round(level, 3),
                 "predicted": round(predicted, 3),
                 "measured": round(10**bent, 3),
-                "low": round(10 ** (bent - 2 * error), 3),
-                "high": round(10 ** (bent + 2 * error), 3),
-                "holds": abs(bent - math.log10(predicted)) <= TOLERANCE,
+                "low": round(10 ** (bent - half), 3),
+                "high": round(10 ** (bent + half), 3),
             }
         )
     return rows
+
+
+def jackknife_half(without: Sequence[float]) -> float:
+    """Half of Student's 95 % interval, from what is estimated without each of n points in turn: n − 1 degrees."""
+    return float(student.ppf(0.975, len(without) - 1)) * math.sqrt((len(without) - 1) * np.var(without))
 
 
 def recipe(preset: Preset, place: Place, task: str, width: int) -> Recipe:

@@ -44,7 +44,7 @@ class Preset:
 
 
 PRESETS = {
-    "smoke": Preset(blocks=(1,), width=16, gammas=(1.0, 30.0), rates=(-0.5, 1.0, 4), seeds=1, steps=60),
+    "smoke": Preset(blocks=(1,), width=16, gammas=(1.0, 30.0), rates=(-1.0, 1.0, 5), seeds=1, steps=60),
     "cpu": Preset(),
     "gpu": Preset(blocks=(2, 6), width=256, seeds=8, steps=1000),
 }

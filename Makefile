@@ -29,10 +29,10 @@ EXPERIMENTS := phase_portrait loss_curves accuracy_vs_gamma hessian_spectrum cat
 PRESET ?= cpu
 
 experiments: $(VENV)/.test  ## measure the paper's claims again and rebuild experiments/README.md (PRESET=cpu, gpu)
-	@for name in $(EXPERIMENTS); do \
-		echo "== $$name"; $(BIN)/python experiments/$$name.py --preset $(PRESET) || exit 1; \
-	done
-	$(BIN)/python experiments/gallery.py
+	@failed=; for name in $(EXPERIMENTS); do \
+		echo "== $$name"; $(BIN)/python experiments/$$name.py --preset $(PRESET) || failed="$$failed $$name"; \
+	done; \
+	$(BIN)/python experiments/gallery.py && if [ "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 format: $(VENV)/.test  ## format and mend what ruff can
 	$(BIN)/ruff check --fix

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from dataclasses import asdict
 from pathlib import Path
 
+import _experiment
 import numpy as np
 import pytest
 from _experiment import Claim, Found, Place, above, below, kept, near, run, timed
@@ -19,6 +22,13 @@ def test_a_number_near_its_prediction_holds_whatever_its_interval() -> None:
     claim = near("x", -0.667, 0.1, -0.7, (-1.0, -0.4), why="unused")
     assert (claim.holds, claim.predicted, claim.why) == (True, "-0.67 ± 0.1", "")
     assert near("x", 1.0, 0.1, 1.2, why="noise").row == "| x | 1.00 ± 0.1 | 1.2 |  | no: noise |"
+
+
+def test_a_number_that_is_off_beyond_noise_says_so_also_where_it_holds() -> None:
+    claim = near("x", 1.0, 0.1, 1.05, (1.02, 1.08), why="a bend")
+    assert claim.holds
+    assert claim.row == "| x | 1.00 ± 0.1 | 1.05 | 1.02 … 1.08 | yes, off by +0.05: a bend |"
+    assert Claim.from_dict(json.loads(json.dumps(asdict(claim)))) == claim
 
 
 @pytest.mark.parametrize(("claim", "holds"), [
@@ -47,12 +57,35 @@ def test_what_a_kill_left_is_not_computed_again(tmp_path: Path) -> None:
     assert done == [0, 1, 2, 3, 4]
     assert resumed(square, tasks, path, 1)["4"] == 16
     assert len(done) == 5
+    (torn := tmp_path / "torn.jsonl").write_text('["0", 0')  # in its first line
+    assert resumed(square, dict(list(tasks.items())[:2]), torn, 1) == {"0": 0, "1": 1}
+    assert resumed(lambda _: pytest.fail("again"), {"0": 0, "1": 1}, torn, 1) == {"0": 0, "1": 1}
 
 
 def test_a_part_is_made_once_and_has_no_nan(tmp_path: Path) -> None:
     path = tmp_path / "part.json"
     assert kept(path, lambda: {"a": (1.0, math.nan)}) == {"a": [1.0, None]}
     assert kept(path, lambda: pytest.fail("made again")) == {"a": [1.0, None]}
+
+
+def test_a_damaged_part_is_set_aside_and_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (path := tmp_path / "part.json").write_text('{"a": [1.0')
+    assert kept(path, lambda: {"a": 2.0}) == {"a": 2.0}
+    assert f"{path} is damaged and is kept as part.damaged; it is made again" in capsys.readouterr().err
+    assert (tmp_path / "part.damaged").read_text() == '{"a": [1.0'
+
+
+def test_cells_of_other_code_are_other_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_experiment, "HERE", tmp_path)
+
+    def digest_of(code: str) -> str:
+        _experiment._code.cache_clear()
+        (tmp_path / "made_up.py").write_text(code)
+        return _experiment.code_digest("made_up")
+
+    first = digest_of('"""A title."""\nBAR = 0.1  # of two\n')
+    assert digest_of('"""Another title."""\nBAR = 0.1\n') == first
+    assert digest_of('"""A title."""\nBAR = 0.2  # of two\n') != first
 
 
 def test_results_of_another_preset_are_in_another_file(tmp_path: Path) -> None:
@@ -79,6 +112,12 @@ def test_seconds_of_all_calls_are_counted_also_of_one_that_failed(tmp_path: Path
         pass
     assert seconds[0] >= 100.0
     assert float(path.read_text()) == pytest.approx(seconds[0], abs=0.1)
+    with timed(path, every=0.01):  # a kill would leave what was written meanwhile
+        before = path.read_text()
+        deadline = time.monotonic() + 30
+        while path.read_text() in (before, ""):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_the_preset_paper_asks_for_its_data_and_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,6 +134,7 @@ def test_the_preset_paper_asks_for_its_data_and_takes_it(tmp_path: Path, capsys:
     run("made_up", "Title.", {"paper": "large"}, measure, [*words, "--data", str(tmp_path), "--device", "cpu"])
     assert given[0].data == tmp_path
     content = json.loads((tmp_path / "paper.json").read_text(encoding="utf-8"))
+    assert content["command"] == "python experiments/made_up.py --preset paper --data PATH --device cpu"
     assert (content["title"], content["device"], content["preset"]) == ("Title", "cpu", "large")
 
 
@@ -121,6 +161,11 @@ def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (code, line) == (2, f"made_up.py: {file}: File exists; give another --work or --results")
     code, line = told(capsys, *results, "--work", tmp_path / "work", "--cores", 0)
     assert (code, line.partition("error: ")[2]) == (2, "cores=0 is too small; give at least 1")
+    code, line = told(capsys, *results, "--work", tmp_path / "work", "--data", "/nowhere")
+    assert (code, line.partition("error: ")[2]) == (
+        2,
+        "data=/nowhere is not used by the preset cpu, whose data are made here; drop it",
+    )
     code, line = told(capsys, *results, "--work", tmp_path / "work", "--device", "toaster")
     assert (code, line.partition(";")[0]) == (2, "made_up.py: unknown device 'toaster'")
     with locked(tmp_path / "work" / "cpu"):

@@ -24,6 +24,7 @@ def result(held: bool = True) -> dict[str, object]:
 def write(folder: Path, name: str, preset: str, content: object) -> None:
     (folder / name).mkdir(exist_ok=True)
     (folder / name / f"{preset}.json").write_text(json.dumps(content))
+    (folder / name / f"{preset}.png").touch()
 
 
 def test_the_page_shows_claims_commands_and_what_was_not_measured(tmp_path: Path) -> None:
@@ -50,6 +51,33 @@ def test_a_folder_without_results_is_told(tmp_path: Path, capsys: pytest.Capture
         gallery.main(["--results", str(tmp_path), "--out", str(tmp_path / "page.md")])
     assert f"{tmp_path} holds no result of an experiment; run one" in capsys.readouterr().err
     assert not (tmp_path / "page.md").exists()
+
+
+@pytest.mark.parametrize(("file", "told"), [("cpu.json", "is damaged ("), ("cpu.png", "is missing")])
+def test_a_damaged_result_or_a_missing_picture_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, told: str
+) -> None:
+    write(tmp_path, "second", "cpu", result())
+    path = tmp_path / "second" / file
+    path.write_text('{"claims') if path.suffix == ".json" else path.unlink()
+    with pytest.raises(SystemExit):
+        gallery.main(["--results", str(tmp_path), "--out", str(tmp_path / "page.md")])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"{path} {told}" in line
+    assert "restore it, or run experiments/second.py" in line
+    write(tmp_path, "second", "cpu", result())
+    with pytest.raises(SystemExit):
+        gallery.main(["--results", str(tmp_path), "--out", str(tmp_path / "no" / "page.md")])
+    assert "page.md can't be written: No such file or directory; give another --out" in capsys.readouterr().err
+
+
+def test_a_prediction_outside_of_the_interval_is_counted(tmp_path: Path) -> None:
+    claim = near("exponent", 2.0, 0.1, 2.05, (2.01, 2.09))
+    write(tmp_path, "second", "cpu", {**result(), "claims": [{**claim.__dict__}]})
+    text = gallery.page(gallery.read(tmp_path))
+    assert "1 of 1 predictions hold" in text
+    assert "for 1 of those the 95 % interval excludes the prediction" in text
+    assert "yes, off by +0.05 |" in text
 
 
 def test_the_committed_page_is_what_the_committed_results_give() -> None:

@@ -2,11 +2,11 @@
 
     python experiments/knee.py --preset cpu
 
-3-layer ReLU MLP with weights N(0, 1/fan_in), no re-initialisation (as_is), SGD, MSE, one pass. At each γ the largest
-rate that trains is found by bisection, under a law that is told nothing of the knee. The bend is where the two-segment
-line with slopes 2 and 2/L, fitted to log edge against log γ, changes its slope. Predicted: gammaopt.knee, within half a
-decade. Writes results/knee/PRESET.json and .png and prints predicted | measured | interval
-| holds; the interval is Student's, from the standard error of the jackknife over γ.
+3-layer ReLU MLP and CNN with weights N(0, 1/fan_in), no re-initialisation (as_is), SGD, MSE, one pass. At each γ the
+largest rate that trains is found by bisection, under a law that is told nothing of the knee. The bend is where the
+two-segment line with slopes 2 and 2/L, fitted to log edge against log γ, changes its slope. Predicted: gammaopt.knee,
+within half a decade. Writes results/knee/PRESET.json and .png and prints predicted | measured | interval | holds; the
+interval is Student's, from the standard error of the jackknife over γ.
 """
 
 from __future__ import annotations
@@ -29,19 +29,26 @@ from scipy.stats import t as student
 from torch import nn
 
 import gammaopt
-from gammaopt.online import MLP, Digits, Recipe, Staircase, Stream
+from gammaopt.online import Digits, Recipe, Staircase, Stream, build_model
 
 DEPTH = 3
 TOLERANCE = 0.5  # decades
 LAW = gammaopt.EtaLaw(DEPTH)
-STREAMS: dict[str, Stream] = {"digits": Digits(), "staircase": Staircase(32, 4)}
+CNN_TASK = "digits, CNN"
+STREAMS: dict[str, Stream] = {"digits": Digits(), "staircase": Staircase(32, 4), CNN_TASK: Digits()}
 
 
 @dataclass(frozen=True)
 class Preset:
     """How much to run; edges are looked for between two decades of c = η/s(γ), s bent at 1."""
 
-    cases: tuple[tuple[str, int], ...] = (("digits", 64), ("digits", 256), ("staircase", 64), ("staircase", 256))
+    cases: tuple[tuple[str, int], ...] = (
+        ("digits", 64),
+        ("digits", 256),
+        ("staircase", 64),
+        ("staircase", 256),
+        (CNN_TASK, 32),
+    )
     gammas: tuple[float, ...] = tuple(10**x for x in even(-1, 3, 9))
     rates: tuple[float, float] = (-3.0, 1.6)
     seeds: int = 1
@@ -52,16 +59,23 @@ PRESETS = {
     "smoke": Preset(cases=(("digits", 32),), gammas=(1.0, 10.0, 100.0), rates=(-1.5, 1.2), steps=100),
     "cpu": Preset(),
     "gpu": Preset(
-        cases=tuple((task, width) for task in ("digits", "staircase") for width in (64, 256, 1024)), seeds=4, steps=1000
+        cases=(
+            *((task, width) for task in ("digits", "staircase") for width in (64, 256, 1024)),
+            *((CNN_TASK, width) for width in (32, 128)),
+        ),
+        seeds=4,
+        steps=1000,
     ),
 }
 
 
-def standard(inputs: int, outputs: int, width: int) -> MLP:
+def standard(task: str, width: int) -> nn.Module:
     """The standard form: weights N(0, 1/fan_in), no biases."""
-    net = MLP(inputs, outputs, width=width, depth=DEPTH)
+    stream = STREAMS[task]
+    model = "cnn" if task == CNN_TASK else "mlp"
+    net: nn.Module = build_model(model, stream.shape, stream.classes or 1, width=width, depth=DEPTH)
     for parameter in net.parameters():
-        nn.init.normal_(parameter, 0.0, parameter.shape[1] ** -0.5)
+        nn.init.normal_(parameter, 0.0, parameter[0].numel() ** -0.5)
     return net
 
 
@@ -138,7 +152,7 @@ def jackknife_half(without: Sequence[float]) -> float:
 
 def recipe(preset: Preset, place: Place, task: str, width: int) -> Recipe:
     stream = STREAMS[task]
-    build = partial(standard, math.prod(stream.shape), stream.classes or 1, width)
+    build = partial(standard, task, width)
     return Recipe(
         build,
         stream,

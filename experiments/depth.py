@@ -4,8 +4,9 @@
 
 Augmented digits, MSE, MLP of width 64 in mean-field form, one pass, float64. For each γ and seed the best rate is the
 vertex of a parabola through log held-out loss on a grid of rates around the law's; the exponent is the slope of log η*
-in log γ. Its 95 % interval comes from resampling the points, each moved at random within its grid's step. Cells are
-kept in --work, so a killed run goes on.
+in log γ, the mean over seeds with Student's 95 % interval. An exponent within its bar may be within that of the next
+depth too, so two claims are about all depths together: the exponents fall in order, and the one number a of a/L that
+fits them best is 2 or 1, within a tenth. Cells are kept in --work, so a killed run goes on.
 Writes results/depth/PRESET.json and .png beside this file and prints predicted | measured | interval | holds.
 """
 
@@ -15,22 +16,26 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from _experiment import Found, Place, near, run
+from _experiment import Claim, Found, Place, above, near, run, t_interval
+from _intervals import local_slopes, seeds_slope
 from _sweep import slope
 from matplotlib.figure import Figure
 
 from gammaopt import EtaLaw
-from gammaopt._fit import critical_rates, fit_slopes
+from gammaopt._fit import FEWEST, Point, critical_rates
 from gammaopt.diagnostics import Grid, portrait
 from gammaopt.online import MLP, Recipe
 
 TOLERANCE = 0.1
-BEND_ENDS = 30.0  # from where the power stands alone in a deep network too
+POWERS = {"sgd": 2.0, "adam": 1.0}  # a in the exponent a/L
+COMMON_TOLERANCE = 0.1  # of a, over a
+LATE = 30.0  # γ from which on the slope is told too
 
 
 @dataclass(frozen=True)
@@ -64,20 +69,62 @@ PRESETS = {
 def measure(preset: Preset, place: Place) -> Found:
     """All cases."""
     rows = [row(preset, place, optimizer, depth) for optimizer, depth in preset.cases]
+    claims = claims_of(rows)
+    return Found(claims, meaning(claims), picture(rows), {"rows": rows})
+
+
+def claims_of(rows: Sequence[dict[str, Any]]) -> list[Claim]:
+    """Each exponent, and for each optimizer those of all depths together."""
     claims = [
         near(
             f"{row['optimizer']}, L = {row['depth']}", row["predicted"], TOLERANCE, row["measured"], row["interval"],
-            f"the bend of a deep network is broad: {row['late']:.2f} from γ = {BEND_ENDS:g} on",
+            reason(row),
         )
         for row in rows
     ]  # fmt: skip
-    worst = max(abs(row["measured"] - row["predicted"]) for row in rows)
-    deepest = max(depth for _, depth in preset.cases)
-    meaning = (
-        f"The best rate follows the power of γ that the depth sets, 2/L under SGD and 1/L under Adam, from L = 2 to "
-        f"{deepest}: the exponents are off by {worst:.2f} at most."
+    for optimizer in dict.fromkeys(row["optimizer"] for row in rows):
+        own = sorted((row for row in rows if row["optimizer"] == optimizer), key=lambda row: int(row["depth"]))
+        if len(own) > 1:
+            claims += [falls(optimizer, own), common(optimizer, own)]
+    return claims
+
+
+def reason(row: dict[str, Any]) -> str:
+    """What else was measured of a case: the slopes between neighbouring γ, and that of the large ones."""
+    late = "" if row["late"] is None else f"; {row['late']:.2f} from γ = {LATE:g} on"
+    known = [math.log10(gamma) for gamma in row["gammas"]]
+    return local_slopes(known, row["log10_best"]) + late
+
+
+def falls(optimizer: str, rows: Sequence[dict[str, Any]]) -> Claim:
+    """Whether each depth's exponent is below that of the one before."""
+    drops = [before["measured"] - after["measured"] for before, after in pairwise(rows)]
+    what = f"{optimizer}, smallest fall of the exponent from a depth to the next"
+    return above(
+        what, 0.0, min(drops), why="from depth to depth " + ", ".join(f"{row['measured']:.3f}" for row in rows)
     )
-    return Found(claims, meaning, picture(rows), {"rows": rows})
+
+
+def common(optimizer: str, rows: Sequence[dict[str, Any]]) -> Claim:
+    """The number a whose a/L fits the exponents best, by least squares for each seed; its interval is over seeds."""
+    inverse = [1 / row["depth"] for row in rows]
+    per_seed = [
+        sum(own * one for own, one in zip(slopes, inverse, strict=True)) / sum(one**2 for one in inverse)
+        for slopes in zip(*(row["slopes"] for row in rows), strict=True)
+    ]
+    what, power = f"{optimizer}, common a of the exponents a/L", POWERS[optimizer]
+    why = "exponent × L from depth to depth " + ", ".join(f"{row['measured'] * row['depth']:.2f}" for row in rows)
+    return near(what, power, COMMON_TOLERANCE * power, fmean(per_seed), t_interval(per_seed), why)
+
+
+def meaning(claims: Sequence[Claim]) -> str:
+    """One sentence on how many claims hold and which do not."""
+    held, missed = sum(claim.holds for claim in claims), [claim for claim in claims if not claim.holds]
+    told = "; ".join(f"{claim.what} is {claim.measured:.2f} instead of {claim.predicted}" for claim in missed)
+    return (
+        f"The best rate's power of γ is that which the depth sets, 2/L under SGD and 1/L under Adam, in {held} of "
+        f"{len(claims)} numbers{', but ' * bool(missed)}{told}."
+    )
 
 
 def row(preset: Preset, place: Place, optimizer: str, depth: int) -> dict[str, Any]:
@@ -91,23 +138,32 @@ def row(preset: Preset, place: Place, optimizer: str, depth: int) -> dict[str, A
     grid = Grid.log(preset.gammas, preset.sgd_rates if optimizer == "sgd" else preset.adam_rates, preset.seeds)
     made = portrait(recipe, grid, place.work / f"{optimizer}-L{depth}")
     points = critical_rates(made.records, "best")
-    slopes = fit_slopes(points, bend=1.0)
-    if slopes.rich is None or slopes.rich_interval is None:
-        raise ValueError(f"{optimizer}, L = {depth}: too few best rates lie inside the grid; widen it")
+    lines = [line_of([point for point in points if point.seed == seed]) for seed in range(preset.seeds)]
+    if min(len(set(x)) for x, _ in lines) < min(FEWEST, len(grid.gammas)):
+        raise ValueError(f"{optimizer}, L = {depth}: too few best rates of a seed lie inside the grid; widen it")
+    measured, interval = seeds_slope(lines)
     law = EtaLaw(depth, optimizer)  # type: ignore[arg-type]
-    late = [point for point in points if point.gamma > BEND_ENDS]
-    of = {gamma: [math.log10(p.lr / law.factor(gamma)) for p in points if p.gamma == gamma] for gamma in grid.gammas}
+    late = line_of([point for point in points if point.gamma >= LATE])
+    of = {gamma: [math.log10(p.lr) for p in points if p.gamma == gamma] for gamma in grid.gammas}
+    means = {gamma: fmean(logs) for gamma, logs in of.items() if logs}
     return {
         "optimizer": optimizer,
         "depth": depth,
-        "gammas": [gamma for gamma, logs in of.items() if logs],
-        "log10_c": [round(fmean(logs), 3) for logs in of.values() if logs],
+        "gammas": list(means),
+        "log10_best": [round(log, 3) for log in means.values()],
+        "log10_c": [round(log - math.log10(law.factor(gamma)), 3) for gamma, log in means.items()],
         "predicted": law.rich,
-        "measured": round(slopes.rich, 4),
-        "interval": tuple(round(end, 4) for end in slopes.rich_interval),
-        "late": round(slope([math.log(p.gamma) for p in late], [math.log(p.lr) for p in late])[0], 4),
+        "measured": round(measured, 4),
+        "interval": interval and tuple(round(end, 4) for end in interval),
+        "slopes": [round(slope(*line)[0], 4) for line in lines],
+        "late": round(slope(*late)[0], 4) if len(set(late[0])) > 1 else None,
         "outside": len(grid.gammas) * preset.seeds - len(points),
     }
+
+
+def line_of(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    """log₁₀ γ and log₁₀ η of points."""
+    return [math.log10(point.gamma) for point in points], [math.log10(point.lr) for point in points]
 
 
 def picture(rows: list[dict[str, Any]]) -> Figure:

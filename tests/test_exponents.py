@@ -126,7 +126,8 @@ def test_best_rate_stays_within_a_factor_two_over_widths(tmp_path: Path) -> None
     rows = width_transfer.measure_rows(preset, Place(tmp_path))
     assert len(rows) == len(preset.cases)
     for row in rows:
-        assert row["widths"] == [64, 128, 256, 512, 1024]
+        wide = row["form"] == "mean field" and row["optimizer"] == "sgd"
+        assert row["widths"] == [64, 128, 256, 512, 1024, *([2048] if wide else [])]
         if row["form"] == "mean field" or (row["form"], row["start"]) == ("base", "torch"):
             assert row["measured"] <= 2, row
     contrast = {(row["start"], row["optimizer"]): row["measured"] for row in rows if row["form"] == "plain"}

@@ -19,6 +19,8 @@ from gammaopt.tuning._confirm import Confirmation, Verdict
 from gammaopt.tuning._record import Record
 from gammaopt.tuning._space import GAMMA, RATE
 
+ENOUGH_SEEDS = 10  # fresh ones, for a result that is shown to others
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -189,12 +191,14 @@ class TuneResult:
         beside = ""
         if self.verdict in ("confirmed", "worse") and self.smallest_difference != self.confirm.mean_difference:
             beside = f"; against γ = 1 at a rate beside it {shown(self.smallest_difference)} at least"
+        seeds = len(self.confirm.seeds)
+        few = "" if seeds >= ENOUGH_SEEDS else f" {seeds} seeds are too few to show it: give {ENOUGH_SEEDS} or more."
         unit = "points of" if self.plan.scale == 100 else "in"
         lower = "" if self.plan.direction == "maximize" else "lower is better: "
         return (
             f"{sentence}{points} {unit} {self.metric.replace('_', ' ')} "
             f"({lower}{self.shown(tuned.confirmed_score)} against {self.shown(base.confirmed_score)}; 95 % interval "
-            f"{low} to {high}, p = {self.confirm.p_value:.2g}, {len(self.confirm.seeds)} fresh paired seeds{beside})."
+            f"{low} to {high}, p = {self.confirm.p_value:.2g}, {seeds} fresh paired seeds{beside}).{few}"
         )
 
     def budget_in_words(self) -> str:

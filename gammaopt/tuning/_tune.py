@@ -16,7 +16,7 @@ from gammaopt.tuning._confirm import Confirmation, paired_t
 from gammaopt.tuning._folder import Cell, Folder, opened, versions
 from gammaopt.tuning._plan import StudyPlan
 from gammaopt.tuning._record import Record
-from gammaopt.tuning._result import Arm, Rival, Spent, Trial, TuneResult, all_diverged, edges
+from gammaopt.tuning._result import ENOUGH_SEEDS, Arm, Rival, Spent, Trial, TuneResult, all_diverged, edges
 from gammaopt.tuning._search import Search, open_storage, search, without_secrets
 from gammaopt.tuning._workers import Workers, forget_begun
 
@@ -388,6 +388,7 @@ def _notes(plan: Plan, chosen: dict[str, Trial]) -> list[str]:
     notes = [all_diverged(plan, name) for name, best in chosen.items() if best.diverged]
     for name in ("tuned", "one_equal_budget"):
         notes += [f"range too small: {edge}" for edge in edges(plan, name, chosen[name].gamma, chosen[name].lr)]
-    if plan.confirm_seeds < 10:
-        notes.append(f"{plan.confirm_seeds} fresh seeds are few; give {plan.option('confirm_seeds')} 10 or more")
+    if plan.confirm_seeds < ENOUGH_SEEDS:
+        few, option = f"{plan.confirm_seeds} fresh seeds are few", plan.option("confirm_seeds")
+        notes.append(f"{few}; give {option} {ENOUGH_SEEDS} or more")
     return notes

@@ -188,6 +188,32 @@ def test_each_verdict_has_its_sentence_with_the_interval_and_the_seeds(
     assert "3 fresh paired seeds" in study.in_words()
 
 
+def test_the_p_of_a_verdict_is_the_largest_and_the_least_difference_is_told() -> None:
+    study = result()
+    near, far = ((0.50, 0.52, 0.49), (0.55, 0.57, 0.58))
+    rivals = tuple(
+        Rival(lr, paired_t("prequential_accuracy", PLAN.fresh_seeds, (0.62, 0.65, 0.60), base))
+        for lr, base in ((2.0, near), (8.0, far))
+    )
+    study = replace(study, rivals=rivals)
+    assert study.p_value == max(rival.confirm.p_value for rival in rivals) > study.confirm.p_value
+    assert study.smallest_difference == pytest.approx(0.17 / 3)
+    confirmed = replace(study, rivals=rivals[:1])
+    assert "at a rate beside it" not in confirmed.in_words()  # as far as at the rate it chose
+    far_ahead = replace(
+        study, rivals=(Rival(2.0, paired_t("a", PLAN.fresh_seeds, (0.62, 0.65, 0.60), (0.52, 0.54, 0.51))),)
+    )
+    assert far_ahead.verdict == "confirmed"
+    assert "against γ = 1 at a rate beside it +10.00 at least" in far_ahead.in_words()
+    other_sign = Rival(4.0, paired_t("prequential_accuracy", PLAN.fresh_seeds, near, (0.62, 0.65, 0.60)))
+    assert replace(study, rivals=(*rivals, other_sign)).p_value == 1.0
+
+
+def test_fewer_than_ten_seeds_show_nothing_whatever_the_verdict() -> None:
+    assert result().verdict == "confirmed"
+    assert result().in_words().endswith("). 3 seeds are too few to show it: give 10 or more.")
+
+
 def test_the_report_of_a_result_is_always_the_same_text(html: str) -> None:
     assert html_report(result(notes=("range too small: γ < 1 & more",))) == html
 

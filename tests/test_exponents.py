@@ -144,7 +144,7 @@ def test_smoke_portrait_decides_its_claims_and_goes_on(tmp_path: Path, capsys: p
     assert all(claim["interval"][0] <= claim["measured"] <= claim["interval"][1] for claim in claims)
     assert claims[1]["measured"] == pytest.approx(1.0, abs=0.3)
     assert (tmp_path / "smoke.png").stat().st_size > 5_000
-    runs = tmp_path / "work" / "smoke" / "sgd-mse-L2-60" / "runs.jsonl"
+    (runs,) = (tmp_path / "work" / "smoke").glob("*/sgd-mse-L2-60/runs.jsonl")
     before = runs.read_bytes()
     phase_portrait.main(words)
     assert capsys.readouterr().out == first

@@ -8,6 +8,7 @@ the order given, so that γ in ascending order reads as a scale.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -30,6 +31,7 @@ Measurements = Monitor | Sequence[Measurement]
 Item = TypeVar("Item")
 
 EDGE_OF_STABILITY = 2.0
+TITLE_CHARACTERS = 90  # of a line above a page of panels
 SHOWN_DECADES = 7  # of a density below its peak, and of kernel eigenvalues, float64 noise lying deeper, twice as many
 OF_TITLES = {"cosine": "cosine of f", "labels": "share of equal labels", "distance": "distance of f"}
 KERNEL_LINES = (
@@ -300,7 +302,7 @@ def draw_monitor(measured: Measurements) -> Figure:
     for axes in every_axes[:-1]:
         axes.set_xlabel("")
     if isinstance(measured, Monitor):
-        figure.suptitle(measured.verdict().replace("; ", "\n", 1), fontsize=9)
+        figure.suptitle("\n".join(wrap(measured.verdict(), TITLE_CHARACTERS)), fontsize=9)
     return figure
 
 

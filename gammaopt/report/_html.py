@@ -200,7 +200,7 @@ def _svg(figure: Figure, label: str) -> str:
         figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
-    prefix = re.sub(r"\W+", "-", label.lower())
+    prefix = re.sub(r"\W+", "-", label.lower(), flags=re.ASCII)  # some renderers look no other ids up
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", text)
     return text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)

@@ -214,8 +214,9 @@ class _Trainer:
                 returned = None
             return trial._record(returned)
         except Exception as error:
+            again = "mend it and call study() again with the same arguments: it goes on from there"
             error.add_note(
-                f"in the run γ = {cell.gamma:.6g}, lr = {cell.lr:.6g}, seed = {cell.seed} of {self._plan.objective}; "
-                "mend it and call study() again with the same arguments: it goes on from there"
+                f"in the run γ = {cell.gamma:.6g}, lr = {cell.lr:.6g}, seed = {cell.seed} of {self._plan.objective}"
+                + ("" if isinstance(error, UsageError) else f"; {again}")
             )
             raise

@@ -91,7 +91,7 @@ class ObjectiveTrial:
                 if math.isfinite(score) and plan.diverged_score is None:
                     raise UsageError(
                         f"the score {score:g} is below 0, which is what a diverged run would get; "
-                        "give study() a diverged_score below the score of any run that trains"
+                        "give study() a diverged_score below the score of any run that trains, and another folder"
                     )
                 score, diverged_at = plan.worst, self.steps + 1
         return ObjectiveRecord(

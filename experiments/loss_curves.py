@@ -36,6 +36,7 @@ from gammaopt.report import draw_collapse, draw_dynamics
 TOLERANCE = 0.1  # of the plateaus' exponents
 RICH = 100.0  # the smallest γ whose plateau counts: below, f is not small against γ where the plateau ends
 MOVED = 0.05  # of the loss: half of the first stair
+SECOND = 0.3  # of it: in the midst of the second
 Curves = dict[float, list[RunRecord]]  # γ → a record for each seed
 
 
@@ -100,9 +101,9 @@ def _by_gamma(records: Sequence[RunRecord]) -> Curves:
     return dict(sorted(found.items()))
 
 
-def _plateaus(records: Sequence[RunRecord]) -> list[float]:
+def _plateaus(records: Sequence[RunRecord], moved: float = MOVED) -> list[float]:
     """Steps on the plateau of each seed; ``nan`` where it never ended."""
-    ends = [dynamics(record, moved=MOVED).plateau for record in records]
+    ends = [dynamics(record, moved=moved).plateau for record in records]
     return [math.nan if end is None else end for end in ends]
 
 
@@ -129,7 +130,11 @@ def plateau_claims(depth: int, curves: Curves) -> list[Claim]:
         ratios = [one.spread / one.before for one in together]
         lowest = float(np.mean([one.curves[:, -1].mean() for one in together]))
         told = f"of the loss from 1 to {lowest:.2g}, L = {depth}"
-        claims.append(below(f"spread in rescaled time over in steps, {told}", 0.5, fmean(ratios), t_interval(ratios)))
+        second = np.log10([fmean(_plateaus(curves[gamma], SECOND)) for gamma in rich])
+        why = f"the second stair comes at other powers of γ, {local_slopes(at.tolist(), second.tolist())}"
+        claims.append(
+            below(f"spread in rescaled time over in steps, {told}", 0.5, fmean(ratios), t_interval(ratios), why)
+        )
     return claims
 
 

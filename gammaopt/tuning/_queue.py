@@ -1,9 +1,12 @@
 """The queue of cells: an Optuna study with one trial for each planned (γ, lr, seed), which workers take and finish.
 
 A cell is named by its hash. At any time one trial of it is *live* (waiting, running or complete); a trial whose worker
-gave no sign of life for the grace period fails, and another of the same cell takes its place. Should there be two live
-ones, after a connection that broke at the wrong moment, the first counts and the other is dropped. So each planned
-cell is finished once, by one worker, and none is forgotten.
+gave no sign of life for the grace period fails, and another of the same cell takes its place. One that is handed back is
+given up, Optuna's ``PRUNED``, and so is the second of two live ones, which a connection that broke at the wrong moment
+may leave. So each planned cell is finished once, by one worker, and none is forgotten.
+
+A trial goes from waiting to running once and never back, so the worker that took it is its only owner, and a call made
+again after a lost answer finds it where that worker left it.
 """
 
 from __future__ import annotations
@@ -123,7 +126,7 @@ class Queue:
                     continue
                 same = [t for t in self._trials() if t.user_attrs["cell"] == trial.user_attrs["cell"]]
                 if any(t.number < trial.number and t.state in LIVE for t in same):
-                    self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+                    self.storage.set_trial_state_values(trial._trial_id, TrialState.PRUNED)
                     continue
                 self.storage.set_trial_user_attr(trial._trial_id, "worker", worker)
             except UpdateFinishedTrialError:
@@ -158,14 +161,19 @@ class Queue:
                 claim.trial_id, TrialState.COMPLETE, [getattr(record, self.plan.metric)]
             )
         except UpdateFinishedTrialError:
-            raise TakenError from None
+            # Nobody else completes it: it was, by this call, whose answer was lost.
+            if self.storage.get_trial(claim.trial_id).state != TrialState.COMPLETE:
+                raise TakenError from None
 
     def hand_back(self, claim: Claim) -> None:
         """Put a claimed cell back, for any worker to go on with from its checkpoint."""
         try:
-            self.storage.set_trial_state_values(claim.trial_id, TrialState.WAITING)
+            self.storage.set_trial_state_values(claim.trial_id, TrialState.PRUNED)
         except UpdateFinishedTrialError:
-            raise TakenError from None
+            if self.storage.get_trial(claim.trial_id).state != TrialState.PRUNED:
+                raise TakenError from None
+        # Should this not come about, the coordinator finds a cell without a live trial, and queues it.
+        self.enqueue([claim.cell])
 
     def reap(self) -> None:
         """Fail the trials whose worker gave no sign of life for the grace period, and queue their cells again.
@@ -199,7 +207,7 @@ class Queue:
         ]
 
     def counts(self) -> Counter[str]:
-        """State → how many trials: WAITING, RUNNING, COMPLETE, and FAIL for those whose worker was lost."""
+        """State → how many trials: WAITING, RUNNING, COMPLETE, FAIL if the worker was lost, PRUNED if given up."""
         return Counter(trial.state.name for trial in self._trials())
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:

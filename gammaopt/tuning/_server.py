@@ -2,8 +2,8 @@
 
 Each call of Optuna's storage is one transaction. One that was cut off, because the server was restarted or the network
 failed, is made again after growing pauses, up to ``patience`` seconds. What a call made twice could do is harmless:
-attributes are set to the same value, a claim whose answer was lost goes stale and is retried, and of two trials of one
-cell the first counts (:mod:`gammaopt.tuning._queue`).
+attributes are set to the same value, a claim whose answer was lost goes stale and is retried, a trial that was finished
+or given up stays so, and of two trials of one cell the first counts (:mod:`gammaopt.tuning._queue`).
 """
 
 from __future__ import annotations

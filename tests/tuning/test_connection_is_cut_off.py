@@ -6,9 +6,10 @@ and what that raises no longer says that the server was away.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from optuna.trial import TrialState
 from sqlalchemy import Connection, create_engine, event
 from sqlalchemy.pool import NullPool
 
@@ -16,7 +17,7 @@ from gammaopt.online import Run, train_many
 from gammaopt.tuning import Remote, StudyPlan
 from gammaopt.tuning._folder import Cell, versions
 
-pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'gammaopt[postgres]'")
+psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'gammaopt[postgres]'")
 
 from gammaopt.tuning._remote import RemoteWorkers
 
@@ -29,7 +30,10 @@ PLAN = StudyPlan("digits", steps=2, trials=4, seeds=1, confirm_seeds=2)
 
 
 class Scissors:
-    """Cuts a storage's connection on the server's side, before the first statement or commit of a kind not cut yet."""
+    """Cuts a storage's connection on the server's side, at the first statement or commit of a kind not cut yet.
+
+    A commit is cut off twice: before it, and after it, so that its answer is lost.
+    """
 
     def __init__(self, storage: PatientStorage) -> None:
         self.cut: list[str] = []
@@ -38,15 +42,28 @@ class Scissors:
         self._other = create_engine(storage.engine.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
         event.listen(storage.engine, "before_cursor_execute", self._statement)
         event.listen(storage.engine, "commit", lambda connection: self._meet(connection, f"commit after {self._last}"))
+        self._commit = storage.engine.dialect.do_commit
+        storage.engine.dialect.do_commit = self._committed  # type: ignore[method-assign]
 
     def _statement(self, connection: Connection, _cursor: object, statement: str, *_: object) -> None:
         self._last = statement
         self._meet(connection, statement)
 
+    def _committed(self, connection: Any) -> None:
+        self._commit(connection)
+        if self._due(f"answer to the commit after {self._last}"):
+            connection.dbapi_connection.close()
+            raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+    def _due(self, kind: str) -> bool:
+        if not self.sharp or kind in self.cut:
+            return False
+        self.cut.append(kind)
+        self.sharp = False
+        return True
+
     def _meet(self, connection: Connection, kind: str) -> None:
-        if self.sharp and kind not in self.cut:
-            self.cut.append(kind)
-            self.sharp = False
+        if self._due(kind):
             pid = connection.connection.dbapi_connection.info.backend_pid  # type: ignore[union-attr]
             with self._other.connect() as other:
                 other.exec_driver_sql(f"SELECT pg_terminate_backend({pid}, 5000)")
@@ -62,20 +79,29 @@ def test_wherever_the_connection_breaks_the_cell_is_queued_claimed_and_handed_in
     with RemoteWorkers(PLAN, database, remote, began_under=versions(), study_id="x") as workers:
         queue = workers._queue
         scissors = Scissors(workers._storage)
-        cells = 0
+        cells = lost = 0
         while not scissors.sharp:  # until a cell went all the way and nothing new was met
             scissors.sharp = True
             cell = Cell(1.0, 0.5, cells)
             cells += 1
             queue.enqueue([cell])
-            claim = queue.claim("w")
-            assert claim is not None
-            assert claim.cell == cell
-            assert queue.holds(claim)
-            queue.finish(claim, record)
+            for end in (queue.hand_back, lambda claim: queue.finish(claim, record)):
+                claim = queue.claim("w")
+                if claim is None:  # nobody knows that it was taken: it goes stale
+                    ((trial,), lost) = queue.study.get_trials(states=(TrialState.RUNNING,)), lost + 1
+                    queue.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+                    queue.enqueue([cell])
+                    claim = queue.claim("w")
+                assert claim is not None
+                assert claim.cell == cell
+                assert queue.holds(claim)
+                end(claim)
             assert queue.records({claim.hash}) == [(claim.hash, record)]
         scissors.sharp = False
-        assert cells > 20
+        assert cells > 30
+        assert lost == 1
         # The rest Optuna itself tries again: it adds a trial up to five times.
         assert sum(line.startswith("the storage is away (") for line in said) > cells // 2
-        assert [trial.state.name for trial in queue.study.get_trials(deepcopy=False)] == ["COMPLETE"] * cells
+        counts = queue.counts()
+        assert (counts.pop("COMPLETE"), counts.pop("FAIL")) == (cells, lost)
+        assert counts.keys() == {"PRUNED"}  # handed back, or the second of two that one call added

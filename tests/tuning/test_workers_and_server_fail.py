@@ -90,7 +90,7 @@ def names(url: str) -> list[str]:
 def assert_each_cell_is_done_once(url: str, planned: list[Cell], plan: StudyPlan) -> None:
     done = Counter(trial.user_attrs["cell"] for trial in trials(url) if trial.state.name == "COMPLETE")
     assert done == Counter(cell_hash(plan, cell) for cell in planned)
-    assert {trial.state.name for trial in trials(url)} <= {"COMPLETE", "FAIL"}
+    assert {trial.state.name for trial in trials(url)} <= {"COMPLETE", "FAIL", "PRUNED"}
 
 
 def alone(plan: StudyPlan, cell: Cell) -> RunRecord:
@@ -166,11 +166,11 @@ def test_a_worker_asked_to_stop_leaves_a_checkpoint_and_its_cell_and_exits_with_
         assert stopped.wait() == 0
         assert "handed back" in stopped.said
         assert 0 < torch.load(path, weights_only=True)["step"] < LONG.steps
-        assert [trial.state.name for trial in trials(database)] == ["WAITING"]
+        assert [trial.state.name for trial in trials(database)] == ["PRUNED", "WAITING"]
         start_worker("mine")
         (record,) = queue.run(planned)
     assert record == alone(LONG, cell)
-    assert [trial.state.name for trial in trials(database)] == ["COMPLETE"]
+    assert [trial.state.name for trial in trials(database)] == ["PRUNED", "COMPLETE"]
 
 
 def test_a_worker_that_was_stopped_for_too_long_drops_what_was_taken_and_goes_on(
@@ -339,7 +339,7 @@ def test_a_worker_whose_checkpoint_does_not_fit_hands_its_cell_back(
             UsageError, match=rf"{cell_hash(LONG, cell)}\.pt can't be written \(No space left on device\)"
         ):
             work(database, "mine", checkpoints=tmp_path / "checkpoints", idle_seconds=0, **OFTEN)
-        assert [trial.state.name for trial in trials(database)] == ["WAITING"]
+        assert [trial.state.name for trial in trials(database)] == ["PRUNED", "WAITING"]
         monkeypatch.undo()
         assert work(database, "mine", checkpoints=tmp_path / "checkpoints", idle_seconds=0) == 1
     assert_each_cell_is_done_once(database, planned, LONG)
@@ -354,7 +354,7 @@ def test_of_two_live_trials_of_a_cell_the_first_counts(database: str, tmp_path: 
             queue._queue.study.add_trial(_waiting(SHORT, cell, cell_hash(SHORT, cell)))
         assert work(database, "mine", checkpoints=tmp_path, idle_seconds=0) == 2
         assert len(list(queue.run(planned))) == 2
-    assert [trial.state.name for trial in trials(database)] == ["COMPLETE", "COMPLETE", "FAIL", "FAIL"]
+    assert [trial.state.name for trial in trials(database)] == ["COMPLETE", "COMPLETE", "PRUNED", "PRUNED"]
 
 
 def test_a_coordinator_killed_while_it_reaped_leaves_no_cell_behind(database: str, tmp_path: Path) -> None:

@@ -91,9 +91,24 @@ class Queue:
         return StudyPlan(**{**values, "gamma_range": tuple(values["gamma_range"])})
 
     @property
+    def grace(self) -> int:
+        """Seconds without a sign of life after which a worker is lost, as they are now."""
+        return int(self.study.user_attrs["grace"])
+
+    @property
     def heartbeat(self) -> int:
-        """Seconds between two signs of life of a worker."""
-        return heartbeat_of(int(self.attrs["grace"]))
+        """Seconds between two signs of life of a worker; another coordinator may change them."""
+        return heartbeat_of(self.grace)
+
+    @property
+    def reaping_grace(self) -> int:
+        """What a coordinator waits before it takes a worker for lost: also for one that beats by the grace before."""
+        attrs = self.study.user_attrs
+        return max(int(attrs["grace"]), int(attrs.get("grace_before", 0)))
+
+    def settle_grace(self) -> None:
+        """Forget the grace before: each worker has read the one of now."""
+        self.study.set_user_attr("grace_before", self.grace)
 
     @property
     def closed(self) -> bool:
@@ -242,7 +257,8 @@ def make_queue(
         plan: whose cells will be queued.
         began_under: the versions that workers must have.
         study_id: of the study's folder.
-        grace: seconds without a sign of life after which a worker is taken for lost.
+        grace: seconds without a sign of life after which a worker is taken for lost. Workers at work read it at their
+            next sign of life, so until then the one before counts, if it is longer: see :attr:`Queue.reaping_grace`.
 
     Raises:
         UsageError: if the storage has another study of that name.
@@ -260,8 +276,10 @@ def make_queue(
             )
         if key not in found:
             study.set_user_attr(key, value)
-    study.set_user_attr("grace", grace)
     queue = Queue(study)
+    if found.get("grace", grace) != grace:
+        study.set_user_attr("grace_before", queue.reaping_grace)  # first: a kill between the two leaves the longer
+    study.set_user_attr("grace", grace)
     queue.forgive()
     return queue
 

@@ -30,6 +30,7 @@ class RemoteWorkers:
         heartbeat = heartbeat_of(remote.grace)
         self._poll = min(1.0, heartbeat / 4)
         self._reap_every = float(heartbeat)
+        self._opened = time.monotonic()
         # Of its own: Optuna's ask, which the searches use, doesn't go with heartbeats.
         self._storage: PatientStorage = open_server(
             url, heartbeat=heartbeat, grace=remote.grace, create=True, say=remote.say
@@ -74,8 +75,13 @@ class RemoteWorkers:
             time.sleep(self._poll)
 
     def _reap(self, waiting: dict[str, Cell]) -> None:
+        now = time.monotonic()
+        # Read each time, for another coordinator may have changed it.
+        grace = self._storage.grace_period = self._queue.reaping_grace
+        if now - self._opened > grace > self._remote.grace == self._queue.grace:
+            self._queue.settle_grace()  # by now each worker has given a sign of life, and read it
         # After an outage the workers get the time to show that they live.
-        if time.monotonic() - self._storage.away_until > self._remote.grace:
+        if now - self._storage.away_until > grace:
             self._queue.reap()
             # A coordinator killed between failing a trial and queueing its cell again has left that cell nowhere.
             self._queue.enqueue(waiting.values())

@@ -42,6 +42,7 @@ class StudyState:
         runs: cell → its record.
         queue: state → trials of the queue, of a study with workers.
         git_commit: of the code that it began under, where it is known.
+        grace: seconds of silence after which its workers are taken for lost, of a study with workers.
     """
 
     where: str
@@ -52,6 +53,7 @@ class StudyState:
     runs: Mapping[Cell, Record]
     queue: Counter[str] | None = None
     git_commit: str | None = None
+    grace: int | None = None
 
     @property
     def searched(self) -> bool:
@@ -140,7 +142,8 @@ def read_storage(url: str, name: str) -> StudyState:
         queue = find_queue(storage, name)
         records = [record for _, record in queue.records()]
         state = _state(name, queue.plan, queue.attrs["versions"], queue.attrs["id"], records)
-        return replace(state, queue=queue.counts(), git_commit=_commit_of(storage, name))
+        commit = _commit_of(storage, name)
+        return replace(state, queue=queue.counts(), git_commit=commit, grace=queue.grace)
     finally:
         storage.engine.dispose()
 
@@ -253,8 +256,8 @@ def confirm_with_workers(
         return state.result(seeds)
     from gammaopt.tuning._remote import RemoteWorkers
 
-    assert isinstance(state.plan, StudyPlan)  # no other has a queue
-    remote = Remote(state.where, say=say)
+    assert isinstance(state.plan, StudyPlan) and state.grace is not None  # no other has a queue
+    remote = Remote(state.where, state.grace, say)
     with RemoteWorkers(state.plan, url, remote, began_under=state.versions, study_id=state.study_id) as workers:
         for _ in workers.run([cell for cell in cells if cell not in state.runs]):
             pass

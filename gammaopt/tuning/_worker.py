@@ -10,6 +10,7 @@ server restarted  it trains on, and waits for the server with what it has to say
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -112,15 +113,17 @@ class _Heart:
 
     def __init__(self, queue: Queue, storage: PatientStorage) -> None:
         self._queue, self._storage = queue, storage
+        self.interval = math.inf  # seconds between two signs, once they were read
         self._claim: Claim | None = None
         self._taken: Claim | None = None
         self._error: Exception | None = None
-        self._ended = threading.Event()
+        self._ended, self._began = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
 
     def watch(self, claim: Claim | None) -> None:
         self._claim = claim
+        self._began.set()
 
     def lost(self, claim: Claim) -> bool:
         """Whether the trial was taken.
@@ -134,9 +137,11 @@ class _Heart:
 
     def _beat(self) -> None:
         try:
-            while not self._ended.wait(self._queue.heartbeat):
-                claim = self._claim
-                if claim is not None and not self._queue.holds(claim):
+            while not self._ended.is_set():
+                self.interval = self._queue.heartbeat  # read each time: a coordinator may ask for more signs
+                if self._began.wait(self.interval):
+                    self._began.clear()  # a claim is a sign of life itself; from here on by the heartbeat of now
+                elif (claim := self._claim) is not None and not self._queue.holds(claim):
                     self._taken = claim
         except Exception as error:  # for the thread that trains, whatever it is
             self._error = error
@@ -144,6 +149,7 @@ class _Heart:
 
     def stop(self) -> None:
         self._ended.set()
+        self._began.set()
         self._thread.join(timeout=5.0)
 
 
@@ -222,7 +228,7 @@ class _Worker:
             nonlocal last
             silence, last = time.monotonic() - last, time.monotonic()
             try:
-                taken = self.heart.lost(claim) or (silence > self._queue.heartbeat and not self._queue.holds(claim))
+                taken = self.heart.lost(claim) or (silence > self.heart.interval and not self._queue.holds(claim))
             except StoppedWaitingError:
                 raise StopTraining from None  # which writes a checkpoint
             if taken:

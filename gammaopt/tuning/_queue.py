@@ -14,13 +14,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections import Counter
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
@@ -34,6 +35,7 @@ from gammaopt.tuning._space import GAMMA, RATE
 PART = "cells"  # the queue of study NAME is Optuna's study NAME/cells, beside NAME/tuned and NAME/one_equal_budget
 RECORD = "gammaopt:record"
 LIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
+MAKING_SECONDS = 5.0  # that another process gets to make a queue
 LOST_LIMIT = 10  # workers that a cell may lose before it is blamed for it
 
 
@@ -112,12 +114,22 @@ class Queue:
 
     @property
     def closed(self) -> bool:
-        """Whether the study has its result, so that workers can go."""
+        """Whether the study has its result."""
         return bool(self.study.user_attrs.get("closed", False))
 
     def set_closed(self, closed: bool) -> None:
-        """Tell the workers whether more cells may come."""
+        """Say whether the study has its result. Its own coordinator does, and no confirmation on more seeds."""
         self.study.set_user_attr("closed", closed)
+
+    @property
+    def over(self) -> bool:
+        """Whether workers can go: the study has its result, and no cell is left, of a confirmation neither."""
+        if not self.closed:
+            return False
+        trials = self._trials()
+        done = {trial.user_attrs["cell"] for trial in trials if trial.state == TrialState.COMPLETE}
+        left = [trial for trial in trials if trial.state in (TrialState.WAITING, TrialState.RUNNING)]
+        return all(trial.user_attrs["cell"] in done for trial in left)
 
     def enqueue(self, cells: Iterable[Cell]) -> None:
         """Add those of the cells that no live trial holds."""
@@ -263,19 +275,24 @@ def make_queue(
     Raises:
         UsageError: if the storage has another study of that name.
     """
-    study = optuna.create_study(storage=storage, study_name=f"{name}/{PART}", direction="maximize", load_if_exists=True)
-    attrs = {"plan": plan.to_dict(), "versions": began_under, "id": study_id}
-    found = study.user_attrs
-    if not found:
+    where: dict[str, Any] = {"study_name": f"{name}/{PART}", "storage": storage}
+    try:
+        study = optuna.create_study(**where, direction="maximize")
+        found: dict[str, Any] = {}
+    except DuplicatedStudyError:
+        study = optuna.load_study(**where)
+        found = _once_whole(study)
+    attrs = {"plan": plan.to_dict(), "versions": began_under, "grace": grace, "id": study_id}
+    if "id" not in found:  # a new one, or one whose coordinator was killed as it made it
         with experiments_allowed():
             study.set_metric_names([plan.metric])
-    for key, value in attrs.items():
-        if found.get(key, value) != value:
-            raise UsageError(
-                f"the storage has another study called {name!r}; give another --study, or --out with that one's folder"
-            )
-        if key not in found:
+        for key, value in attrs.items():  # the id last: with it the queue is whole
             study.set_user_attr(key, value)
+        found = study.user_attrs  # which another coordinator may have written at the same time
+    if any(found[key] != attrs[key] for key in ("plan", "versions", "id")):
+        raise UsageError(
+            f"the storage has another study called {name!r}; give another --study, or --out with that one's folder"
+        )
     queue = Queue(study)
     if found.get("grace", grace) != grace:
         study.set_user_attr("grace_before", queue.reaping_grace)  # first: a kill between the two leaves the longer
@@ -284,11 +301,19 @@ def make_queue(
     return queue
 
 
+def _once_whole(study: optuna.Study) -> dict[str, Any]:
+    """The attributes of a queue that another process may be making; without an id if it doesn't come to its end."""
+    deadline = time.monotonic() + MAKING_SECONDS
+    while "id" not in (attrs := study.user_attrs) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return attrs
+
+
 def find_queue(storage: BaseStorage, name: str) -> Queue:
     """The queue of study ``name``.
 
     Raises:
-        UsageError: if there is none; the message lists those there are.
+        UsageError: if there is none, or a half-made one; the message lists those there are.
     """
     names = [study.study_name for study in storage.get_all_studies()]
     if f"{name}/{PART}" not in names:
@@ -297,4 +322,9 @@ def find_queue(storage: BaseStorage, name: str) -> Queue:
             f"the storage has no study {name!r} with a queue of cells; "
             + (f"there are: {', '.join(there)}" if there else "start `gammaopt tune … --study NAME` first")
         )
-    return Queue(optuna.load_study(study_name=f"{name}/{PART}", storage=storage))
+    study = optuna.load_study(study_name=f"{name}/{PART}", storage=storage)
+    if "id" not in _once_whole(study):
+        raise UsageError(
+            f"the queue of study {name!r} is half made: its coordinator was stopped; run that `gammaopt tune …` again"
+        )
+    return Queue(study)

@@ -8,25 +8,38 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 
+from gammaopt._errors import UsageError
 from gammaopt.online.record import RunRecord
 from gammaopt.tuning._folder import Cell
 from gammaopt.tuning._plan import StudyPlan
-from gammaopt.tuning._queue import Queue, cell_hash, heartbeat_of, make_queue
+from gammaopt.tuning._queue import Queue, cell_hash, find_queue, heartbeat_of, make_queue
 from gammaopt.tuning._server import PatientStorage, open_server
 from gammaopt.tuning._tune import Remote
+from gammaopt.tuning._workers import Workers
 
 QUIET_SECONDS = 20.0  # without any worker, before a word about it
 
 
 class RemoteWorkers:
-    """Trains cells by putting them into the queue. A context manager; the queue is closed when the study is done."""
+    """Trains cells by putting them into the queue. A context manager; the queue is closed when the study is done.
+
+    With ``guest=True`` that is left to the study's own coordinator: workers stay for the cells of both.
+    """
 
     def __init__(
-        self, plan: StudyPlan, url: str, remote: Remote, *, began_under: dict[str, str], study_id: str
+        self,
+        plan: StudyPlan,
+        url: str,
+        remote: Remote,
+        *,
+        began_under: dict[str, str],
+        study_id: str,
+        guest: bool = False,
     ) -> None:
-        self._plan, self._remote = plan, remote
+        self._plan, self._remote, self._guest = plan, remote, guest
         heartbeat = heartbeat_of(remote.grace)
         self._poll = min(1.0, heartbeat / 4)
         self._reap_every = float(heartbeat)
@@ -51,7 +64,8 @@ class RemoteWorkers:
         waiting = {cell_hash(self._plan, cell): cell for cell in cells}
         if not waiting:
             return
-        self._queue.set_closed(False)
+        if not self._guest:
+            self._queue.set_closed(False)
         self._queue.enqueue(waiting.values())
         reaped = busy = time.monotonic()
         while waiting:
@@ -89,6 +103,20 @@ class RemoteWorkers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        if kind is None and not self._guest:
             self._queue.set_closed(True)
         self._storage.engine.dispose()
+
+
+@contextmanager
+def finished(plan: StudyPlan, url: str, remote: Remote, study_id: str) -> Iterator[Workers]:
+    """Who trains the cells of a study that has its result: nobody. Its queue is closed, if a kill had left it open."""
+    storage = open_server(url, grace=remote.grace, create=True, say=remote.say)
+    try:
+        with suppress(UsageError):  # it may have been made in a storage that isn't there any more
+            queue = find_queue(storage, remote.study)
+            if queue.attrs["id"] == study_id and not queue.closed:
+                queue.set_closed(True)
+    finally:
+        storage.engine.dispose()
+    yield Workers(plan, 1)

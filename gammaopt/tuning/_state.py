@@ -256,9 +256,12 @@ def confirm_with_workers(
         return state.result(seeds)
     from gammaopt.tuning._remote import RemoteWorkers
 
-    assert isinstance(state.plan, StudyPlan) and state.grace is not None  # no other has a queue
+    assert isinstance(state.plan, StudyPlan)  # no other has a queue
+    assert state.grace is not None
     remote = Remote(state.where, state.grace, say)
-    with RemoteWorkers(state.plan, url, remote, began_under=state.versions, study_id=state.study_id) as workers:
+    with RemoteWorkers(
+        state.plan, url, remote, began_under=state.versions, study_id=state.study_id, guest=True
+    ) as workers:
         for _ in workers.run([cell for cell in cells if cell not in state.runs]):
             pass
     return read_storage(url, state.where).result(seeds)

@@ -246,11 +246,13 @@ def _disposed(storage: Any) -> Iterator[None]:
 
 def _workers(
     plan: StudyPlan, jobs: int, storage: str | None, remote: Remote | None, folder: Folder
-) -> Workers | RemoteWorkers:
+) -> AbstractContextManager[Workers | RemoteWorkers]:
     if remote is None or storage is None:
         return Workers(plan, jobs, checkpoints=folder.path)
-    from gammaopt.tuning._remote import RemoteWorkers
+    from gammaopt.tuning._remote import RemoteWorkers, finished
 
+    if folder.finished:
+        return finished(plan, storage, remote, folder.study_id)
     return RemoteWorkers(plan, storage, remote, began_under=folder.versions, study_id=folder.study_id)
 
 

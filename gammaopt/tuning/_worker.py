@@ -182,7 +182,7 @@ class _Worker:
             if claim is not None:
                 done += self._train(claim)
                 idle_since = time.monotonic()
-            elif self._queue.closed:
+            elif self._queue.over:
                 self._say(f"the study is done; {done} cells finished here")
                 return done
             elif idle_seconds is not None and time.monotonic() - idle_since > idle_seconds:

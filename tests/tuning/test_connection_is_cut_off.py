@@ -17,7 +17,7 @@ from gammaopt.online import Run, train_many
 from gammaopt.tuning import Remote, StudyPlan
 from gammaopt.tuning._folder import Cell, versions
 
-psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'gammaopt[postgres]'")
+pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'gammaopt[postgres]'")
 
 from gammaopt.tuning._remote import RemoteWorkers
 
@@ -42,8 +42,9 @@ class Scissors:
         self._other = create_engine(storage.engine.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
         event.listen(storage.engine, "before_cursor_execute", self._statement)
         event.listen(storage.engine, "commit", lambda connection: self._meet(connection, f"commit after {self._last}"))
-        self._commit = storage.engine.dialect.do_commit
-        storage.engine.dialect.do_commit = self._committed  # type: ignore[method-assign]
+        dialect: Any = storage.engine.dialect
+        self._commit, dialect.do_commit = dialect.do_commit, self._committed
+        self._error = dialect.dbapi.OperationalError
 
     def _statement(self, connection: Connection, _cursor: object, statement: str, *_: object) -> None:
         self._last = statement
@@ -53,7 +54,7 @@ class Scissors:
         self._commit(connection)
         if self._due(f"answer to the commit after {self._last}"):
             connection.dbapi_connection.close()
-            raise psycopg.OperationalError("server closed the connection unexpectedly")
+            raise self._error("server closed the connection unexpectedly")
 
     def _due(self, kind: str) -> bool:
         if not self.sharp or kind in self.cut:
@@ -85,6 +86,7 @@ def test_wherever_the_connection_breaks_the_cell_is_queued_claimed_and_handed_in
             cell = Cell(1.0, 0.5, cells)
             cells += 1
             queue.enqueue([cell])
+            claim = None
             for end in (queue.hand_back, lambda claim: queue.finish(claim, record)):
                 claim = queue.claim("w")
                 if claim is None:  # nobody knows that it was taken: it goes stale
@@ -96,6 +98,7 @@ def test_wherever_the_connection_breaks_the_cell_is_queued_claimed_and_handed_in
                 assert claim.cell == cell
                 assert queue.holds(claim)
                 end(claim)
+            assert claim is not None
             assert queue.records({claim.hash}) == [(claim.hash, record)]
         scissors.sharp = False
         assert cells > 30

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from typing import cast
 
-import optuna
 import pytest
+from memory_storage import MemoryStorage
 
 from gammaopt.tuning import Remote, StudyPlan, _remote
 from gammaopt.tuning._folder import Cell, versions
@@ -21,25 +20,7 @@ PLAN = StudyPlan("digits", steps=2, trials=4, seeds=1, confirm_seeds=2)
 CELL = Cell(1.0, 0.5, 0)
 
 
-class Beats(optuna.storages.InMemoryStorage):
-    """A storage in memory that keeps when signs of life came."""
-
-    away_until = -float("inf")
-    grace_period: int | None = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.at: list[float] = []
-        self.engine = threading.local()
-        self.engine.dispose = lambda: None
-
-    def record_heartbeat(self, trial_id: int) -> None:
-        self.at.append(time.monotonic())
-
-    def remove_session(self) -> None: ...
-
-
-def queue_in(storage: Beats, grace: int) -> Queue:
+def queue_in(storage: MemoryStorage, grace: int) -> Queue:
     return make_queue(storage, "mine", PLAN, began_under=versions(), study_id="x", grace=grace)
 
 
@@ -51,7 +32,7 @@ def until(condition: Callable[[], object]) -> None:
 
 
 def test_a_worker_reads_the_grace_at_each_claim_and_each_sign_of_life() -> None:
-    storage = Beats()
+    storage = MemoryStorage()
     queue = queue_in(storage, 4000)
     queue.enqueue([CELL])
     heart = _Heart(queue, cast("PatientStorage", storage))
@@ -60,19 +41,19 @@ def test_a_worker_reads_the_grace_at_each_claim_and_each_sign_of_life() -> None:
     claim = queue.claim("me")
     assert claim is not None
     heart.watch(claim)
-    until(lambda: len(storage.at) >= 2)  # the claim is one, and the next comes after a second, not after 1000
+    until(lambda: len(storage.beats) >= 2)  # the claim is one, and the next comes after a second, not after 1000
     queue_in(storage, 4000)
     until(lambda: heart.interval == heartbeat_of(4000))
     heart.stop()
 
 
-def coordinator(monkeypatch: pytest.MonkeyPatch, storage: Beats, grace: int) -> RemoteWorkers:
+def coordinator(monkeypatch: pytest.MonkeyPatch, storage: MemoryStorage, grace: int) -> RemoteWorkers:
     monkeypatch.setattr(_remote, "open_server", lambda *_, **__: storage)
     return RemoteWorkers(PLAN, "x", Remote("mine", grace), began_under=versions(), study_id="x")
 
 
 def test_a_shorter_grace_reaps_nobody_that_goes_by_the_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    storage = Beats()
+    storage = MemoryStorage()
     queue_in(storage, 600)
     first = coordinator(monkeypatch, storage, 4)
     first._reap({})
@@ -87,7 +68,7 @@ def test_a_shorter_grace_reaps_nobody_that_goes_by_the_longer(monkeypatch: pytes
 
 
 def test_a_longer_grace_counts_at_once_for_every_coordinator(monkeypatch: pytest.MonkeyPatch) -> None:
-    storage = Beats()
+    storage = MemoryStorage()
     first = coordinator(monkeypatch, storage, 4)
     coordinator(monkeypatch, storage, 600)
     first._opened -= 1e6

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gammaopt._errors import UsageError, require
+from gammaopt._stopping import SIGNALS, asked_by
 
 STORAGE = "GAMMAOPT_STORAGE"  # environment variable with the URL
 SIGNAL_AHEAD = 60  # seconds before the time limit
@@ -54,18 +55,20 @@ class Work:
 
     def __call__(self) -> int:
         """Work on the study; returns how many cells were finished."""
-        from gammaopt._terminal import on_stderr
-        from gammaopt.tuning._worker import SIGNALS, work
+        # Ahead of the imports, which take seconds; SIGUSR2 is submitit's signal ahead of the time limit.
+        with asked_by((*SIGNALS, signal.SIGUSR2)) as stopping:
+            from gammaopt._terminal import on_stderr
+            from gammaopt.tuning._worker import work
 
-        return work(
-            self.job.storage or os.environ[STORAGE],
-            self.job.study,
-            checkpoints=self.job.checkpoints,
-            checkpoint_seconds=self.job.checkpoint_seconds,
-            idle_seconds=self.job.idle_seconds,
-            signals=(*SIGNALS, signal.SIGUSR2),  # submitit's signal ahead of the time limit
-            say=on_stderr,
-        )
+            return work(
+                self.job.storage or os.environ[STORAGE],
+                self.job.study,
+                checkpoints=self.job.checkpoints,
+                checkpoint_seconds=self.job.checkpoint_seconds,
+                idle_seconds=self.job.idle_seconds,
+                stopping=stopping,
+                say=on_stderr,
+            )
 
 
 def submit(job: Job, cluster: str = "slurm") -> list[str]:
@@ -128,7 +131,8 @@ def sbatch_text(job: Job) -> str:
     words = ["srun", "gammaopt", "worker", "--study", job.study, "--checkpoints", str(job.checkpoints)]
     words += ["--checkpoint-every", f"{job.checkpoint_seconds:g}"]
     words += ["--idle", f"{job.idle_seconds:g}"] if job.idle_seconds is not None else []
-    lines = ["#!/bin/bash", *(f"#SBATCH --{name}={value}" for name, value in settings.items()), ""]
+    hint = f"# Slurm makes no folder for logs: mkdir -p {shlex.quote(str(job.folder))} before sbatch."
+    lines = ["#!/bin/bash", *(f"#SBATCH --{name}={value}" for name, value in settings.items()), "", hint]
     if url.startswith('"$'):
         lines += [
             "# The URL holds a password: export GAMMAOPT_STORAGE before sbatch.",

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from gammaopt._stopping import SIGNALS, asked_by
 from gammaopt._terminal import on_stderr, usage_errors
 
 Url = Annotated[
@@ -35,7 +36,8 @@ def worker(
 
     SIGTERM and SIGUSR1 write a checkpoint, hand the cell back, and end with exit code 0.
     """
-    with usage_errors():
+    # Ahead of the imports, which take seconds: an array that is cancelled at once ends well too.
+    with usage_errors(), asked_by(SIGNALS) as stopping:
         from gammaopt._errors import require
 
         require("optuna", "tune")
@@ -47,6 +49,7 @@ def worker(
             checkpoints=checkpoints,
             checkpoint_seconds=checkpoint_every,
             idle_seconds=idle,
+            stopping=stopping,
             say=(lambda _: None) if quiet else on_stderr,
         )
 

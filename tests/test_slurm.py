@@ -30,6 +30,7 @@ def test_the_sbatch_file_says_it_all_and_is_a_shell_script(tmp_path: Path) -> No
         "srun gammaopt worker --study 'digits two' --checkpoints ck --checkpoint-every 30 "
         "--storage postgresql+psycopg://db/gammaopt\n" in text
     )
+    assert "mkdir -p logs before sbatch" in text  # without it Slurm fails each job, and says so nowhere
     (tmp_path / "job.sh").write_text(text)
     assert subprocess.run(["bash", "-n", tmp_path / "job.sh"], check=False).returncode == 0
 
@@ -39,6 +40,7 @@ def test_a_password_is_taken_from_the_environment(url: str, tmp_path: Path) -> N
     text = sbatch_text(replace(JOB, storage=url, idle_seconds=60.0))
     assert "s3cret" not in text
     assert '--idle 60 --storage "$GAMMAOPT_STORAGE"\n' in text
+    assert "mkdir -p logs before sbatch" in text  # without it Slurm fails each job, and says so nowhere
     (tmp_path / "job.sh").write_text(text)
     done = subprocess.run(
         [shutil.which("bash") or "bash", tmp_path / "job.sh"],

@@ -33,6 +33,7 @@ STACK_BYTES = 32 * 2**20  # parameters, gradients and states of a stack: about a
 ALONE_BYTES = 2**20  # a run that has this much of its own fills the processor by itself
 KEPT_SEEDS = 4  # whose batches are kept where runs come one at a time, or in one call after another
 CHECKPOINT_SECONDS = 30.0
+LOOK_SECONDS = 5.0  # between two looks where steps are slow: whoever asks for the end gives a minute
 
 Done = Callable[[Run, list[RunRecord]], object]
 
@@ -324,8 +325,8 @@ def _train_stack(
     take_step = Stepper(stack)
     while stack.step < steps and stack.runs:
         until = min(steps, stack.step + LOOK_EVERY, *(end for end in ends if end > stack.step))
-        began = stack.step
-        while stack.step < until:
+        began, since = stack.step, time.monotonic()
+        while stack.step < until and time.monotonic() - since < LOOK_SECONDS:
             traces.add(*take_step())
         alive = traces.look(stack.runs)
         if len(alive) < len(stack.runs):

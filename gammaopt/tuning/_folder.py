@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ from gammaopt.online._run_file import RunFile
 from gammaopt.tuning._budget import Plan
 from gammaopt.tuning._frozen import git_commit
 from gammaopt.tuning._frozen import versions as versions
+from gammaopt.tuning._objective import ObjectivePlan
+from gammaopt.tuning._plan import StudyPlan
 from gammaopt.tuning._record import Record
 
 
@@ -35,6 +37,12 @@ class Cell:
     gamma: float
     lr: float
     seed: int
+
+
+def plan_from(values: Mapping[str, Any]) -> Plan:
+    """The plan that its ``to_dict`` gave."""
+    kind: type[StudyPlan | ObjectivePlan] = StudyPlan if "task" in values else ObjectivePlan
+    return kind(**{**values, "gamma_range": tuple(values["gamma_range"])})
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """The queue of cells: an Optuna study with one trial for each planned (γ, lr, seed), which workers take and finish.
 
 A cell is named by its hash. At any time one trial of it is *live* (waiting, running or complete); a trial whose worker
-gave no sign of life for the grace period fails, and another of the same cell takes its place. One that is handed back is
-given up, Optuna's ``PRUNED``, and so is the second of two live ones, which a connection that broke at the wrong moment
-may leave. So each planned cell is finished once, by one worker, and none is forgotten.
+gave no sign of life for the grace period fails, and another of the same cell takes its place. One that is handed back
+is given up, Optuna's ``PRUNED``, and so is the second of two live ones, which a connection that broke at the wrong
+moment may leave. So each planned cell is finished once, by one worker, and none is forgotten.
 
 A trial goes from waiting to running once and never back, so the worker that took it is its only owner, and a call made
 again after a lost answer finds it where that worker left it.
@@ -11,6 +11,7 @@ again after a lost answer finds it where that worker left it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -27,7 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from gammaopt._errors import UsageError
 from gammaopt.online.record import RunRecord
-from gammaopt.tuning._folder import Cell, versions
+from gammaopt.tuning._folder import Cell, plan_from, versions
 from gammaopt.tuning._plan import StudyPlan
 from gammaopt.tuning._search import experiments_allowed
 from gammaopt.tuning._space import GAMMA, RATE
@@ -50,9 +51,14 @@ def heartbeat_of(grace: int) -> int:
 
 def cell_hash(plan: StudyPlan, cell: Cell) -> str:
     """Sixteen hex digits that name a run: what is trained, how, by what code, for how long; not the study around it."""
-    recipe = [plan.task, plan.loss, plan.optimizer, plan.steps, plan.law_version, str(plan.recipe().dtype), plan.device]
+    recipe = [plan.task, plan.loss, plan.optimizer, plan.steps, plan.law_version, _dtype(plan), plan.device]
     what = json.dumps([sorted(versions().items()), *recipe, cell.gamma.hex(), cell.lr.hex(), cell.seed])
     return hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
+
+
+@functools.lru_cache(maxsize=16)  # a recipe is made of a network's modules, and each cell asks
+def _dtype(plan: StudyPlan) -> str:
+    return str(plan.recipe().dtype)
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,9 @@ class Queue:
     @property
     def plan(self) -> StudyPlan:
         """The plan whose cells are queued."""
-        values = dict(self.attrs["plan"])
-        return StudyPlan(**{**values, "gamma_range": tuple(values["gamma_range"])})
+        plan = plan_from(self.attrs["plan"])
+        assert isinstance(plan, StudyPlan)
+        return plan
 
     @property
     def grace(self) -> int:

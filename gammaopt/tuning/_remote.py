@@ -16,7 +16,7 @@ from gammaopt.online.record import RunRecord
 from gammaopt.tuning._folder import Cell
 from gammaopt.tuning._plan import StudyPlan
 from gammaopt.tuning._queue import Queue, cell_hash, find_queue, heartbeat_of, make_queue
-from gammaopt.tuning._server import PatientStorage, open_server
+from gammaopt.tuning._server import PatientStorage, open_server, server_errors
 from gammaopt.tuning._tune import Remote
 from gammaopt.tuning._workers import Workers
 
@@ -39,7 +39,7 @@ class RemoteWorkers:
         study_id: str,
         guest: bool = False,
     ) -> None:
-        self._plan, self._remote, self._guest = plan, remote, guest
+        self._plan, self._url, self._remote, self._guest = plan, url, remote, guest
         heartbeat = heartbeat_of(remote.grace)
         self._poll = min(1.0, heartbeat / 4)
         self._reap_every = float(heartbeat)
@@ -49,9 +49,10 @@ class RemoteWorkers:
             url, heartbeat=heartbeat, grace=remote.grace, create=True, say=remote.say
         )
         try:
-            self._queue: Queue = make_queue(
-                self._storage, remote.study, plan, began_under=began_under, study_id=study_id, grace=remote.grace
-            )
+            with server_errors(url):
+                self._queue: Queue = make_queue(
+                    self._storage, remote.study, plan, began_under=began_under, study_id=study_id, grace=remote.grace
+                )
         except BaseException:
             self._storage.engine.dispose()
             raise
@@ -62,8 +63,11 @@ class RemoteWorkers:
     def run(self, cells: Iterable[Cell]) -> Iterator[RunRecord]:
         """Have the cells trained and yield their records as they come in."""
         waiting = {cell_hash(self._plan, cell): cell for cell in cells}
-        if not waiting:
-            return
+        if waiting:
+            with server_errors(self._url):
+                yield from self._run(waiting)
+
+    def _run(self, waiting: dict[str, Cell]) -> Iterator[RunRecord]:
         if not self._guest:
             self._queue.set_closed(False)
         self._queue.enqueue(waiting.values())
@@ -103,9 +107,12 @@ class RemoteWorkers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and not self._guest:
-            self._queue.set_closed(True)
-        self._storage.engine.dispose()
+        try:
+            if kind is None and not self._guest:
+                with server_errors(self._url):
+                    self._queue.set_closed(True)
+        finally:
+            self._storage.engine.dispose()
 
 
 @contextmanager
@@ -113,7 +120,7 @@ def finished(plan: StudyPlan, url: str, remote: Remote, study_id: str) -> Iterat
     """Who trains the cells of a study that has its result: nobody. Its queue is closed, if a kill had left it open."""
     storage = open_server(url, grace=remote.grace, create=True, say=remote.say)
     try:
-        with suppress(UsageError):  # it may have been made in a storage that isn't there any more
+        with server_errors(url), suppress(UsageError):  # it may have been made in a storage that isn't there any more
             queue = find_queue(storage, remote.study)
             if queue.attrs["id"] == study_id and not queue.closed:
                 queue.set_closed(True)

@@ -70,6 +70,25 @@ def has_secrets(url: str) -> bool:
     return parsed.password is not None or "password" in parsed.query
 
 
+def no_driver(url: str) -> MissingExtraError:
+    """A storage whose driver isn't installed, in words."""
+    return MissingExtraError(
+        f"no driver for {without_secrets(url)} is installed; for PostgreSQL run: pip install 'gammaopt[postgres]', "
+        "and write the URL as postgresql+psycopg://…"
+    )
+
+
+def _is_a_file(url: str) -> bool:
+    """Whether the storage is SQLite, or not even a URL: no server."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(url).get_backend_name() == "sqlite"
+    except (ArgumentError, ValueError):
+        return True
+
+
 def open_storage(url: str, *, own: bool) -> Any:
     """Optuna's storage at ``url``; ``own`` if it is the study's own, in its folder.
 
@@ -85,11 +104,12 @@ def open_storage(url: str, *, own: bool) -> Any:
             _without_fsync(storage.engine)
         return storage
     except ImportError:
-        raise MissingExtraError(
-            f"no driver for {without_secrets(url)} is installed; for PostgreSQL run: pip install 'gammaopt[postgres]', "
-            "and write the URL as postgresql+psycopg://…"
-        ) from None
+        raise no_driver(url) from None
     except Exception as error:  # SQLAlchemy, its driver and Optuna each have their own
+        if not _is_a_file(url):
+            from gammaopt.tuning._server import cannot_open
+
+            raise cannot_open(url, error) from None
         reason, shown = str(error).strip().splitlines()[0], without_secrets(url)
         fix = _mend(reason) if own or _mend(reason) == _ROOM else _ANOTHER
         raise UsageError(f"the storage {shown} can't be opened ({reason}); {fix}") from None
@@ -139,7 +159,7 @@ def search(
     Returns:
         The completed trials, in order.
     """
-    with _as_usage_error():
+    with _as_usage_error(storage):
         optuna = require("optuna", "tune")
         name = f"{name}/{arm.arm}"
         study = optuna.create_study(storage=storage, study_name=name, direction=plan.direction, load_if_exists=True)
@@ -243,13 +263,18 @@ def _mend(reason: str) -> str:
 
 
 @contextlib.contextmanager
-def _as_usage_error() -> Iterator[None]:
-    """A damaged database is the user's to restore, not a crash."""
+def _as_usage_error(storage: Any) -> Iterator[None]:
+    """A damaged database is the user's to restore, and an absent server to start, not a crash."""
     import sqlalchemy.exc
 
     optuna = require("optuna", "tune")
     try:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        url = storage.engine.url.render_as_string(hide_password=False)
+        if not _is_a_file(url):
+            from gammaopt.tuning._server import cannot_use
+
+            raise cannot_use(url, error) from None
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise UsageError(f"the study's storage can't be used ({reason}); {_mend(reason)}") from None

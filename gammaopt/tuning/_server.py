@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import functools
 import random
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import sqlalchemy.exc
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages._rdb.models import NOT_FOUND_MSG
 from sqlalchemy.engine import make_url
 
-from gammaopt._errors import MissingExtraError, UsageError
-from gammaopt.tuning._search import experiments_allowed, without_secrets
+from gammaopt._errors import UsageError
+from gammaopt._stopping import Stopping as Stopping
+from gammaopt.tuning._search import experiments_allowed, no_driver, without_secrets
 
 PATIENCE = 600.0  # seconds that a process waits for the server
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
@@ -36,26 +40,23 @@ _CALLS = (  # what Optuna asks of the storage, and the cache in front of it
 )  # fmt: skip
 
 
+_REMEDIES = {  # SQLSTATE, or its class → what a user can do
+    "53100": "make room on its server's disk, and run the same command to go on",
+    "28": "mend the user or the password in --storage",
+    "3D000": "create that database, or give another --storage",
+    "42501": "grant that to the user of --storage",
+}
+_WORDS = {  # SQLSTATE → the words of an error that comes without one
+    "3D000": 'database ".*" does not exist',
+    "28000": 'role ".*" does not exist|authentication failed|no pg_hba|no password supplied',
+    "42P01": "no such table",
+    "53100": "disk is full|No space left",
+}
+NO_TABLE = "42P01"
+
+
 class StoppedWaitingError(Exception):
     """The process was told to stop while it waited for the server."""
-
-
-class Stopping:
-    """Whether this process was told to stop. No threading.Event: one that is set in a signal handler can deadlock."""
-
-    def __init__(self) -> None:
-        self.told = False
-
-    def tell(self, *_: object) -> None:
-        """Ask for the stop; fit to be a signal handler."""
-        self.told = True
-
-    def wait(self, seconds: float) -> bool:
-        """Sleep, but not beyond the order to stop; returns whether there is one."""
-        end = time.monotonic() + seconds
-        while not self.told and (left := end - time.monotonic()) > 0:
-            time.sleep(min(left, 0.05))
-        return self.told
 
 
 class PatientStorage(RDBStorage):
@@ -138,11 +139,15 @@ for _name in _CALLS:
 def _is_away(error: Exception) -> bool:
     """Whether the server could not be reached, broke off, or asks for another try: all are OperationalErrors.
 
+    So are a full disk, a refused login and a missing database, which no waiting mends; SQLSTATE tells them.
+
     One of these that Optuna answers with another query on the same transaction ends as a PendingRollbackError. Optuna
     has rolled back by the time that it gets here, so another try begins on a new connection.
     """
     cause = _cause(error)
     away = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.PendingRollbackError)
+    if _remedy(error) is not None:
+        return False
     return isinstance(cause, away) or bool(getattr(cause, "connection_invalidated", False))
 
 
@@ -152,6 +157,22 @@ def _cause(error: BaseException) -> BaseException:
     if isinstance(cause, sqlalchemy.exc.PendingRollbackError) and cause.__context__ is not None:
         return cause.__context__
     return cause or error
+
+
+def _sqlstate(error: BaseException) -> str | None:
+    """PostgreSQL's code of an error; by its words where a connection failed, for the driver tells no code there."""
+    driver = getattr(_cause(error), "orig", None)
+    for name in ("sqlstate", "pgcode"):
+        if (code := getattr(driver, name, None)) is not None:
+            return str(code)
+    words = str(driver or "")
+    return next((code for code, pattern in _WORDS.items() if re.search(pattern, words)), None)
+
+
+def _remedy(error: BaseException) -> str | None:
+    """What mends an error that no waiting mends; ``None`` for any other."""
+    code = _sqlstate(error) or ""
+    return _REMEDIES.get(code) or _REMEDIES.get(code[:2])
 
 
 def reason_of(error: Exception) -> str:
@@ -186,7 +207,7 @@ def open_server(url: str, **settings: Any) -> PatientStorage:
     try:
         backend = make_url(url).get_backend_name()
     except (sqlalchemy.exc.ArgumentError, ValueError) as error:
-        raise _cannot_open(url, error) from None
+        raise cannot_open(url, error) from None
     if backend == "sqlite":
         raise UsageError(
             f"the storage {without_secrets(url)} serves one process only: several would run cells twice; "
@@ -202,16 +223,43 @@ def open_server(url: str, **settings: Any) -> PatientStorage:
             time.sleep(1.0)
             return PatientStorage(url, **settings)
     except ImportError:
-        raise MissingExtraError(
-            f"no driver for {without_secrets(url)} is installed; for PostgreSQL run: pip install 'gammaopt[postgres]', "
-            "and write the URL as postgresql+psycopg://…"
-        ) from None
+        raise no_driver(url) from None
     except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, RuntimeError) as error:
-        raise _cannot_open(url, error) from None
+        raise cannot_open(url, error) from None
 
 
-def _cannot_open(url: str, error: Exception) -> UsageError:
-    return UsageError(
-        f"the storage {without_secrets(url)} can't be opened ({reason_of(error)}); "
-        "start its server, or give another --storage"
-    )
+def cannot_open(url: str, error: Exception) -> UsageError:
+    """A storage that can't be opened, in words."""
+    shown = without_secrets(url)
+    if _sqlstate(error) == NO_TABLE:  # Optuna's
+        return UsageError(f"{shown} holds no study; start the coordinator first")
+    fix = _remedy(error) or "start its server, or give another --storage"
+    return UsageError(f"the storage {shown} can't be opened ({reason_of(error)}); {fix}")
+
+
+def cannot_use(url: str, error: Exception, patience: float = PATIENCE) -> UsageError:
+    """A storage that failed in mid-work, in words."""
+    shown, reason = without_secrets(url), reason_of(error)
+    if _is_away(error):
+        return UsageError(
+            f"the storage {shown} was away for {patience:g} s ({reason}); "
+            "start its server, and run the same command to go on"
+        )
+    fix = _remedy(error) or "see its server's log, and run the same command to go on"
+    return UsageError(f"the storage {shown} can't be used ({reason}); {fix}")
+
+
+@contextmanager
+def server_errors(url: str, patience: float = PATIENCE) -> Iterator[None]:
+    """Tell what a storage failed of in one line, and that a study was deleted from it."""
+    try:
+        yield
+    except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
+        raise cannot_use(url, error, patience) from None
+    except KeyError as error:
+        if error.args != (NOT_FOUND_MSG,):
+            raise
+        raise UsageError(
+            f"the study was deleted from the storage {without_secrets(url)}; "
+            "`gammaopt tune … --study NAME` makes it again from the runs in its folder"
+        ) from None

@@ -21,12 +21,12 @@ from gammaopt._errors import UsageError, require
 from gammaopt.online._run_file import read_runs
 from gammaopt.tuning._budget import Plan
 from gammaopt.tuning._folder import Cell, Folder, opened
-from gammaopt.tuning._objective import ObjectivePlan
+from gammaopt.tuning._folder import plan_from as plan_from
 from gammaopt.tuning._plan import StudyPlan
 from gammaopt.tuning._record import Record
 from gammaopt.tuning._result import Trial, TuneResult
 from gammaopt.tuning._search import search
-from gammaopt.tuning._tune import Remote, Trains, arms, check_versions, choose, confirmation_cells, result_from
+from gammaopt.tuning._tune import INSTALL, Remote, Trains, arms, check_versions, choose, confirmation_cells, result_from
 
 
 @dataclass(frozen=True)
@@ -135,15 +135,16 @@ def read_storage(url: str, name: str) -> StudyState:
         UsageError: if the storage can't be opened, or has no such study with a queue.
     """
     from gammaopt.tuning._queue import find_queue
-    from gammaopt.tuning._server import open_server
+    from gammaopt.tuning._server import open_server, server_errors
 
     storage = open_server(url, grace=60, create=False, patience=0.0)
     try:
-        queue = find_queue(storage, name)
-        records = [record for _, record in queue.records()]
-        state = _state(name, queue.plan, queue.attrs["versions"], queue.attrs["id"], records)
-        commit = _commit_of(storage, name)
-        return replace(state, queue=queue.counts(), git_commit=commit, grace=queue.grace)
+        with server_errors(url, patience=0.0):
+            queue = find_queue(storage, name)
+            records = [record for _, record in queue.records()]
+            state = _state(name, queue.plan, queue.attrs["versions"], queue.attrs["id"], records)
+            commit = _commit_of(storage, name)
+            return replace(state, queue=queue.counts(), git_commit=commit, grace=queue.grace)
     finally:
         storage.engine.dispose()
 
@@ -159,12 +160,6 @@ def _commit_of(storage: Any, name: str) -> str | None:
         commit = study.user_attrs.get("git_commit")
         return None if commit is None else str(commit)
     return None
-
-
-def plan_from(values: Mapping[str, Any]) -> Plan:
-    """The plan that its ``to_dict`` gave."""
-    kind: type[StudyPlan | ObjectivePlan] = StudyPlan if "task" in values else ObjectivePlan
-    return kind(**{**values, "gamma_range": tuple(values["gamma_range"])})
 
 
 def _state(where: str, plan: Plan, began_under: dict[str, str], study_id: str, records: Sequence[Record]) -> StudyState:
@@ -254,6 +249,7 @@ def confirm_with_workers(
     cells = state.cells_to_confirm(seeds)
     if all(cell in state.runs for cell in cells):
         return state.result(seeds)
+    check_versions(f"the storage's {state.where}", state.versions, INSTALL)
     from gammaopt.tuning._remote import RemoteWorkers
 
     assert isinstance(state.plan, StudyPlan)  # no other has a queue

@@ -295,7 +295,11 @@ def result_from(
     return _result(plan, _with_one(plan, trials), chosen, of_place, spent, began_under, git_commit, command)
 
 
-def check_versions(study: str, began_under: Mapping[str, str]) -> None:
+INSTALL = "install the same"
+ELSEWHERE = "install those, or choose another folder with --out"
+
+
+def check_versions(study: str, began_under: Mapping[str, str], fix: str = ELSEWHERE) -> None:
     """Raise :class:`UsageError` unless the versions here are those that the study began under."""
     now = versions()
     changed = [
@@ -303,10 +307,7 @@ def check_versions(study: str, began_under: Mapping[str, str]) -> None:
     ]
     if changed or set(began_under) != set(now):
         what = changed[0] if changed else "other packages"
-        raise UsageError(
-            f"{study} holds a study begun under other versions ({what}), and its numbers would mix; "
-            "install those, or choose another folder with --out"
-        )
+        raise UsageError(f"{study} holds a study begun under other versions ({what}), and its numbers would mix; {fix}")
 
 
 def _renamed(trial: Trial, arm: str) -> Trial:

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import sqlalchemy.exc
@@ -25,16 +24,16 @@ import torch
 from optuna.exceptions import StorageInternalError
 
 from gammaopt._errors import UsageError
+from gammaopt._stopping import SIGNALS, Stopping, asked_by
 from gammaopt.online._checkpoint import DamagedCheckpointError
-from gammaopt.online.ensemble import CHECKPOINT_SECONDS, Progress, StopTraining, train_many
+from gammaopt.online.ensemble import CHECKPOINT_SECONDS, Progress, StopTraining, together, train_many
 from gammaopt.online.record import RunRecord
 from gammaopt.online.train import Run
-from gammaopt.tuning._folder import versions
 from gammaopt.tuning._queue import Claim, Queue, TakenError, find_queue
-from gammaopt.tuning._search import without_secrets
-from gammaopt.tuning._server import PATIENCE, PatientStorage, StoppedWaitingError, Stopping, open_server, reason_of
+from gammaopt.tuning._server import PATIENCE, PatientStorage, StoppedWaitingError, open_server, server_errors
+from gammaopt.tuning._tune import INSTALL, check_versions
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STRAY_SECONDS = 3600.0
 CONNECTION_GRACE = 60  # of a worker's own connections: it reaps nobody
 
 
@@ -46,7 +45,7 @@ def work(
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     idle_seconds: float | None = None,
     patience: float = PATIENCE,
-    signals: tuple[signal.Signals, ...] = SIGNALS,
+    stopping: Stopping | None = None,
     say: Callable[[str], object] = lambda _: None,
 ) -> int:
     """Train cells of a study until it is done, or until a signal asks for the end.
@@ -59,7 +58,7 @@ def work(
         checkpoint_seconds: how often that is written.
         idle_seconds: how long to wait for more cells; until the study is done if ``None``.
         patience: how many seconds to wait for a server that is away.
-        signals: what asks for the end. Only the main thread can be asked.
+        stopping: asks for the end; :data:`SIGNALS` if ``None``, of which only the main thread hears.
         say: told in one line what happens.
 
     Returns:
@@ -69,43 +68,22 @@ def work(
         UsageError: for a storage that can't be opened or stays away, an unknown study, other package versions than
             the study's, or a folder that can't be written. The cell in work is handed back first.
     """
-    stopping = Stopping()
-    with _asked_by(signals, stopping), suppress(StoppedWaitingError):
+    with asked_by(SIGNALS) if stopping is None else nullcontext(stopping) as asked, suppress(StoppedWaitingError):
+        if asked.told:  # while this was imported
+            say("asked to stop before it began")
+            return 0
+        server = open_server(storage, grace=CONNECTION_GRACE, create=False, patience=patience, stopping=asked, say=say)
         try:
-            server = open_server(
-                storage, grace=CONNECTION_GRACE, create=False, patience=patience, stopping=stopping, say=say
-            )
-        except UsageError as error:
-            if "does not exist" in str(error):  # Optuna's tables
-                raise UsageError(f"{without_secrets(storage)} holds no study; start the coordinator first") from None
-            raise
-        try:
-            worker = _Worker(find_queue(server, study), server, Path(checkpoints), checkpoint_seconds, stopping, say)
-            try:
-                return worker.loop(idle_seconds)
-            finally:
-                worker.heart.stop()
-        except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
-            raise UsageError(
-                f"the storage {without_secrets(storage)} was away for {patience:g} s ({reason_of(error)}); "
-                "start its server, and the worker again"
-            ) from None
+            with server_errors(storage, patience):
+                queue = find_queue(server, study)
+                worker = _Worker(queue, server, Path(checkpoints), checkpoint_seconds, asked, say)
+                try:
+                    return worker.loop(idle_seconds)
+                finally:
+                    worker.heart.stop()
         finally:
             server.engine.dispose()
     return 0
-
-
-@contextmanager
-def _asked_by(signals: tuple[signal.Signals, ...], stopping: Stopping) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, stopping.tell) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Heart:
@@ -163,14 +141,16 @@ class _Worker:
         stopping: Stopping,
         say: Callable[[str], object],
     ) -> None:
-        _check_versions(queue)
+        check_versions(f"the storage's {queue.name}", queue.attrs["versions"], INSTALL)
         self._recipe = queue.plan.recipe()
+        self._alone: bool | None = None  # whether the network can't be stacked, once that was tried
         self._queue, self._stopping, self._say = queue, stopping, say
         self._checkpoints, self._seconds = checkpoints, checkpoint_seconds
         try:
             checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"{checkpoints} can't be made ({error.strerror}); give another --checkpoints") from None
+        _sweep(checkpoints)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self.heart = _Heart(queue, storage)
 
@@ -242,6 +222,8 @@ class _Worker:
             except StoppedWaitingError:
                 raise StopTraining from None  # the last checkpoint stays, and the cell goes on from it
 
+        if self._alone is None:
+            self._alone = not together(self._recipe)
         run = Run(claim.cell.gamma, claim.cell.lr, claim.cell.seed)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -249,6 +231,7 @@ class _Worker:
             train_many(
                 self._recipe,
                 [run],
+                one_at_a_time=self._alone,
                 checkpoint=path,
                 checkpoint_seconds=self._seconds,
                 on_done=hand_in,
@@ -264,14 +247,12 @@ class _Worker:
             self._say(f"{_of(claim)} handed back")
 
 
-def _check_versions(queue: Queue) -> None:
-    there, here = queue.attrs["versions"], versions()
-    for name in here:
-        if there.get(name) != here[name]:
-            raise UsageError(
-                f"the study began under {name} {there.get(name)}, and here is {here[name]}; "
-                "install the same, for their numbers would mix"
-            )
+def _sweep(checkpoints: Path) -> None:
+    """Remove what workers left that were killed as they wrote: files so old that nobody writes them any more."""
+    for path in checkpoints.glob(".*.pt.*"):
+        with suppress(OSError):  # another worker was first
+            if time.time() - path.stat().st_mtime > STRAY_SECONDS:
+                path.unlink()
 
 
 def _of(claim: Claim) -> str:

@@ -199,7 +199,8 @@ def _handed_over(checkpoint: Path | None) -> None:
 
 def forget_begun(folder: Path) -> None:
     """Remove what a finished study no longer needs: checkpoints, and runs that stand in its own file."""
-    for path in [*folder.glob("stack-*.pt"), *folder.glob("stack-*.jsonl")]:
+    # The dotted ones a kill left that came as they were written; this process holds the folder.
+    for path in [*folder.glob("stack-*.pt"), *folder.glob("stack-*.jsonl"), *folder.glob(".stack-*.pt.*")]:
         path.unlink(missing_ok=True)
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,10 +107,12 @@ def test_a_database_that_fills_up_asks_for_room_and_not_for_its_removal() -> Non
 
     from gammaopt.tuning._search import _as_usage_error
 
-    with create_engine("sqlite://").connect() as connection:
+    engine = create_engine("sqlite://")
+    storage = SimpleNamespace(engine=engine)
+    with engine.connect() as connection:
         connection.execute(text("PRAGMA max_page_count = 4"))
         connection.execute(text("CREATE TABLE t (x TEXT)"))
-        with pytest.raises(UsageError, match=r"can't be used \(.*disk is full\); make room"), _as_usage_error():
+        with pytest.raises(UsageError, match=r"can't be used \(.*disk is full\); make room"), _as_usage_error(storage):
             connection.execute(text("INSERT INTO t VALUES (:x)"), {"x": "x" * 100_000})
 
 

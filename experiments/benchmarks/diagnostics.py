@@ -172,7 +172,7 @@ def least_products(operator: Curvature, which: Which, expected: Any) -> int | No
     That is told from the values themselves, which a user does not have.
     """
     draw = torch.Generator().manual_seed(0)
-    start = torch.randn(1, operator.size, generator=draw, dtype=torch.float64).to(operator.device)
+    start = torch.randn(operator.size, generator=draw, dtype=torch.float64).to(operator.device)
     space = Krylov(operator, start, 300, draw)
     while not space.full and not space.exhausted:
         space.advance()

@@ -140,6 +140,15 @@ def test_equal_eigenvalues_are_all_found() -> None:
     np.testing.assert_allclose(found.values, expected, rtol=1e-8)
 
 
+@pytest.mark.parametrize(("inputs", "k"), [(7, 15), (9, 20), (5, 7)])
+def test_ten_copies_of_each_eigenvalue_are_all_found_from_any_start(inputs: int, k: int) -> None:
+    torch.manual_seed(1)
+    x, net, y = draw(40, inputs), nn.Linear(inputs, 10), torch.zeros(40, 10)
+    expected = leading(dense(net, CRITERIA["mse"], (x, y)), k, "largest")
+    for seed in range(8):
+        np.testing.assert_allclose(hessian_eigenvalues(net, "mse", (x, y), k, seed=seed).values, expected, rtol=1e-5)
+
+
 def test_a_small_basis_restarts_and_finds_the_same() -> None:
     model, loss, data = mlp(1.0, 3)
     found = hessian_eigenvalues(model, loss, data, 6, basis=20, max_products=500)

@@ -225,8 +225,8 @@ class Look:
     Args:
         space: in which the fresh vector is the last pending one.
         which: what is wanted.
-        least: what an unseen eigenvalue must exceed to belong to the wanted ones, in the sense of ``which``; ``None`` if
-            any does, because there are too few.
+        least: what an unseen eigenvalue must exceed to belong to the wanted ones, by its size if ``which`` says so;
+            ``None`` if any does, because there are too few.
         tol: relative error at which the look's own leading pair counts as converged.
 
 
@@ -322,9 +322,8 @@ def lanczos(
         converged = complete and bool(np.all(ritz.errors <= allowed))
         if not (ended or converged):
             continue
-        if converged and before is not None and len(before.values) == wanted:
-            if np.all(np.abs(ritz.values - before.values) <= 3 * before.errors + allowed):
-                break
+        if converged and before is not None and not _moved(before, ritz, allowed):
+            break
         look = before = None
         make_room()
         if space.add_random():
@@ -333,3 +332,10 @@ def lanczos(
         elif space.exhausted:
             break  # it was the whole space; otherwise what is pending is all that is left of it
     return space.ritz(k, which, vectors), products
+
+
+def _moved(before: Ritz, after: Ritz, allowed: Array) -> bool:
+    """Whether a look has changed the wanted values by more than their errors, or completed them."""
+    if len(before.values) < len(after.values):
+        return True
+    return bool(np.any(np.abs(after.values - before.values) > 3 * before.errors + allowed))

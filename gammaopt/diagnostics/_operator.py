@@ -91,6 +91,7 @@ class Curvature:
         self._ggn, self._mean = matrix == "ggn", reduction == "mean"
         self._starts: list[Tensor | None] = []
         self._graph: tuple[Tensor, ...] | None = None
+        self._first: tuple[Tensor, Tensor] | None = None  # a vector and its product
         self._root = None if rates is None else self._roots(rates)
         self.size = self._function.size
         self.device, self.dtype = self._function.device, dtype
@@ -102,7 +103,7 @@ class Curvature:
 
         Raises:
             UsageError: if the loss isn't a finite scalar that is the same at each pass, or an operation of the model
-                has no second derivative.
+                has no second derivative, or a wrong one: each product is held against the first, as ⟨u, Hv⟩ = ⟨v, Hu⟩.
         """
         if vector.shape != (self.size,):
             raise UsageError(f"a vector of shape {tuple(vector.shape)} does not fit {self.size} trainable parameters")
@@ -122,7 +123,24 @@ class Curvature:
             ) from None
         if self._root is not None:
             product = product * self._root
+        self._hold_symmetric(vector.detach().to(self.device, self.dtype), product)
         return product.to(vector.device, vector.dtype)
+
+    def _hold_symmetric(self, vector: Tensor, product: Tensor) -> None:
+        """A derivative that autograd takes for a constant leaves no error behind, only a matrix without symmetry."""
+        if self._first is None:
+            self._first = vector.clone(), product.clone()  # the caller may write over both
+            return
+        other, moved = self._first
+        one, two = float(vector @ moved), float(other @ product)
+        size = float(vector.norm() * moved.norm() + other.norm() * product.norm())
+        # Beyond what rounding makes of two products, in float32 too, and far below what a missing part makes of them.
+        if abs(one - two) > torch.finfo(self.dtype).eps ** 0.4 * size:
+            raise UsageError(
+                f"the curvature of {type(self._function.module).__name__} is not symmetric (⟨u, Hv⟩ = {one:g} and "
+                f"⟨v, Hu⟩ = {two:g}), so an operation's backward is not differentiable, as once_differentiable marks "
+                "it; use its plain form in the model"
+            )
 
     def _roots(self, rates: Mapping[str, float]) -> Tensor:
         return torch.cat(

@@ -437,3 +437,43 @@ def test_recurrent_layers_work_and_a_model_that_keeps_a_graph_is_refused_in_word
     kept.kept = kept(X)
     with pytest.raises(UsageError, match=r"Sequential can't be copied .* detach what it keeps"):
         hessian_eigenvalues(kept, "mse", (X, Y), 1)
+
+
+class OnlyOnce(torch.autograd.Function):
+    """tanh, whose backward autograd takes for a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * (1 - x.tanh() ** 2)
+
+
+class Once(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.readout = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.readout(OnlyOnce.apply(self.inner(x)))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("matrix", ["hessian", "ggn"])
+def test_an_operation_that_can_be_differentiated_once_only_is_refused(matrix: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net, data = Once(), (X, draw(8, 2, seed=1))
+    for ask in (
+        lambda: hessian_eigenvalues(net, "mse", data, 1, matrix=matrix, dtype=dtype),
+        lambda: hessian_trace(net, "mse", data, products=6, matrix=matrix, dtype=dtype),
+        lambda: hessian_trace(net, "mse", data, products=100, matrix=matrix, dtype=dtype),
+        lambda: spectral_density(net, "mse", data, probes=1, steps=2, matrix=matrix, dtype=dtype),
+    ):
+        with pytest.raises(UsageError, match=r"curvature of Once is not symmetric .*use its plain form"):
+            ask()

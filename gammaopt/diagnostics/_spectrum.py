@@ -233,9 +233,12 @@ def hessian_trace(
 ) -> Trace:
     """tr H by Hutch++: a third of the products sketch the range of H, a third trace it there, a third the rest.
 
+    Exact, with n products, where there are as many as there are parameters.
+
     Args:
         model, loss, data, matrix, reduction, output, dtype, seed: see :func:`hessian_eigenvalues`.
-        products: to make, at least 6; the error falls like 1/products.
+        products: to make at most, at least 6; the error is about 1/products of the nuclear norm Σ \\|λ\\|, which for an
+            indefinite H may be many times its trace.
 
     Example:
         >>> import torch
@@ -246,16 +249,21 @@ def hessian_trace(
     """
     at_least("products", products, 6)
     operator = _operator(model, loss, data, None, matrix=matrix, reduction=reduction, output=output, dtype=dtype)
-    n, third = operator.size, products // 3
+    n, columns = operator.size, products // 3
     draw = torch.Generator().manual_seed(seed)
-    columns = min(third, n)
+    if n <= products:
+        # A random reflection of the unit vectors: a frame of which no vector sees one parameter alone.
+        mirror = _on_device(torch.randn(n, generator=draw, dtype=torch.float64), operator)
+        mirror /= mirror.norm()
+        total = 0.0
+        for i in range(n):
+            vector = -2 * mirror[i] * mirror
+            vector[i] += 1
+            total += float(vector @ operator(vector))
+        return Trace(total, 0.0, operator.products)
     sketch = torch.stack([operator(_signs(n, draw, operator)) for _ in range(columns)], dim=1)
-    if columns == n:  # the whole space
-        sketch = torch.eye(n, dtype=sketch.dtype, device=sketch.device)
     frame, _ = torch.linalg.qr(sketch)
     on_range = sum(float(column @ operator(column.contiguous())) for column in frame.T)
-    if columns == n:
-        return Trace(on_range, 0.0, operator.products)
     rest = []
     for _ in range(products - 2 * columns):
         vector = _signs(n, draw, operator)

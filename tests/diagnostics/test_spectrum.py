@@ -217,6 +217,15 @@ def test_trace_is_within_its_error_and_exact_with_enough_products() -> None:
     assert abs(hessian_trace(model, loss, data, products=300).value / expected - 1) < 0.01
 
 
+@pytest.mark.parametrize("products", [18, 30, 60])
+def test_the_trace_is_exact_with_a_product_for_each_parameter(products: int) -> None:
+    net, data = frozen(), (X, draw(8, 2))  # 18 parameters
+    found = hessian_trace(net, "mse", data, products=products)
+    assert found.products == 18
+    assert found.error == 0
+    assert found.value == pytest.approx(float(dense(net, CRITERIA["mse"], data).trace()), rel=1e-12)
+
+
 def test_density_has_the_moments_and_the_counts_of_the_dense_spectrum() -> None:
     model, loss, data = mlp(1.0, 3)
     values = np.linalg.eigvalsh(dense(model, CRITERIA[loss], data).numpy())

@@ -97,9 +97,10 @@ def hessian_eigenvalues(
         method: ``"lanczos"``, or ``"eigsh"`` for ARPACK through SciPy, whose vectors live on the host; it makes k more
             products to tell the residuals.
         tol: estimated error of each eigenvalue to stop at, relative to it.
-        max_products: to stop at in any case; max(200, 10 k) by default.
-        basis: vectors that the Lanczos basis may hold before it is restarted; by default as many as there are
-            products, within 1 GiB. Float64: 8 n bytes each.
+        max_products: to make at most; max(200, 10 k) by default. Lanczos then returns what it has, with ``converged``
+            false; ARPACK gives nothing before it has converged, and that is an error.
+        basis: vectors that the Lanczos basis may hold before it is restarted, 8 n bytes each in float64. By default as
+            many as there are products, within 1 GiB, but 2 k + 20 at least: 4.5 GiB for k = 20 and 10⁷ parameters.
         vectors: return eigenvectors too.
         optimizer: if given, the matrix is √R H √R with R its rates: eigenvalues η·λ, the edge of stability at 2.
         reduction: whether ``loss`` is the mean or the sum over the samples of its batch.
@@ -111,8 +112,8 @@ def hessian_eigenvalues(
         Eigenvalues with residuals and the number of products. ``print`` shows them.
 
     Raises:
-        UsageError: for a ``k`` above the number of parameters, data that differs between passes, or a model without
-            second derivatives.
+        UsageError: for a ``k`` above the number of parameters, data that differs between passes, a model without
+            second derivatives, or ARPACK that has not converged within ``max_products``.
 
     Example:
         >>> import torch
@@ -142,6 +143,10 @@ def hessian_eigenvalues(
     return Eigenvalues(ritz.values, ritz.residuals, ritz.errors, products, tol, ritz.vectors)
 
 
+class _SpentError(Exception):
+    """No product is left: the way out of ARPACK's loop."""
+
+
 def _eigsh(
     operator: Curvature, start: Tensor, k: int, which: Which, tol: float, most: int, basis: int, vectors: bool
 ) -> Eigenvalues:
@@ -154,7 +159,11 @@ def _eigsh(
     if scale == 0.0:
         return Eigenvalues(np.zeros(k), np.zeros(k), np.zeros(k), operator.products, tol)
 
+    limit = most - k  # what the residuals take
+
     def product(vector: Array) -> Array:
+        if operator.products >= limit:
+            raise _SpentError
         made: Array = operator(torch.from_numpy(vector.reshape(-1).copy())).numpy()
         return made / scale
 
@@ -165,10 +174,12 @@ def _eigsh(
         values, found = linalg.eigsh(
             linalg.LinearOperator((n, n), product, dtype=np.float64), v0=start.double().cpu().numpy(), **settings
         )
-    except linalg.ArpackNoConvergence:
+    except (_SpentError, linalg.ArpackNoConvergence):
         raise UsageError(
-            f"ARPACK did not converge within {operator.products} products; give more max_products, or method='lanczos'"
+            f"ARPACK did not converge within max_products={most}; give more, or method='lanczos', which returns what "
+            "it has"
         ) from None
+    limit = most
     down = np.argsort(-values if which == "largest" else -np.abs(values))
     values, found = values[down], found[:, down]
     moved = np.stack([product(vector) for vector in found.T], axis=1)

@@ -115,6 +115,20 @@ def test_arpack_finds_the_same(scale: float) -> None:
     assert (theirs.residuals <= 1e-4 * np.abs(theirs.values)).all()
 
 
+def test_arpack_makes_no_more_products_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, loss, data = mlp(1.0, 3)
+    needed = hessian_eigenvalues(model, loss, data, 4, method="eigsh").products
+    assert hessian_eigenvalues(model, loss, data, 4, method="eigsh", max_products=needed).products == needed
+    made: list[int] = []
+    multiply = Curvature.__call__
+    monkeypatch.setattr(Curvature, "__call__", lambda self, vector: made.append(1) or multiply(self, vector))  # type: ignore[func-returns-value]
+    for most in (5, 30, needed - 1):
+        made.clear()
+        with pytest.raises(UsageError, match=f"ARPACK did not converge within max_products={most}; give more"):
+            hessian_eigenvalues(model, loss, data, 4, method="eigsh", max_products=most)
+        assert len(made) <= most
+
+
 def test_gauss_newton_is_the_textbook_product() -> None:
     model, _, (x, y) = mlp(1.0, 3, loss="cross_entropy", steps=20)
     twin = copy.deepcopy(model).double()

@@ -11,6 +11,7 @@ Atanasov, Bordelon and Pehlevan, "Neural networks as kernel learners: the silent
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -80,22 +81,44 @@ def ntk(
         found, done = (
             trusted(layers, f, function.parameters, torch.Generator().manual_seed(0)) if layerwise else ([], set())
         )
-        size = sum(layer.output.numel() for layer in found) * f.element_size()
-        step = outputs if full else max(1, min(outputs, DELTA_BYTES // max(1, size)))
-        for start in range(0, outputs if found else 0, step):
-            chosen = range(start, min(start + step, outputs))
-            for layer, delta in zip(found, _pulled(f, found, chosen), strict=True):
-                prefix = f"{layer.name}." if layer.name else ""
-                gram = full_gram if full else trace_gram
-                if prefix + "weight" in done:
-                    kernel += gram(layer.patches(n), delta)
-                if prefix + "bias" in done:
-                    kernel += gram(torch.ones_like(delta[:, :, 0, :1, :1]), delta.sum(4, keepdim=True))
+        size = max(1, sum(layer.output.numel() for layer in found) * f.element_size())
+        held = 2 if full else 1  # blocks of outputs at a time: a full kernel pairs them
+        step = max(1, min(outputs, DELTA_BYTES // (held * size)))
+        blocks = [range(start, min(start + step, outputs)) for start in range(0, outputs if found else 0, step)]
+        for i, rows in enumerate(blocks):
+            deltas = _pulled(f, found, rows)
+            if not full:
+                for layer, delta in zip(found, deltas, strict=True):
+                    for a, part in _factors(layer, n, delta, done):
+                        kernel += trace_gram(a, part)
+                continue
+            for columns in blocks[i:]:
+                others = None if columns is rows else _pulled(f, found, columns)
+                for place, (layer, delta) in enumerate(zip(found, deltas, strict=True)):
+                    factors = _factors(layer, n, delta, done)
+                    facing = None if others is None else _factors(layer, n, others[place], done)
+                    for which, (a, part) in enumerate(factors):
+                        gram = full_gram(a, part, None if facing is None else facing[which][1])
+                        here, there = slice(rows.start, rows.stop), slice(columns.start, columns.stop)
+                        kernel[:, here, :, there] += gram
+                        if facing is not None:
+                            kernel[:, there, :, here] += gram.permute(2, 3, 0, 1)
         del f
         rest = [parameter for name, parameter in function.parameters.items() if name not in done]
         if rest:
             kernel += _sample_by_sample(function, x, n, outputs, rest, full, chunk)
     return kernel.permute(0, 2, 1, 3).contiguous() if full else kernel
+
+
+def _factors(layer: Layer, n: int, delta: Tensor, done: set[str]) -> list[tuple[Tensor, Tensor]]:
+    """Of the weight's gradients and of the bias's, (a, δ) whose products they are; of those that the layer is for."""
+    prefix = f"{layer.name}." if layer.name else ""
+    made = []
+    if prefix + "weight" in done:
+        made.append((layer.patches(n), delta))
+    if prefix + "bias" in done:
+        made.append((torch.ones_like(delta[:, :, 0, :1, :1]), delta.sum(4, keepdim=True)))
+    return made
 
 
 def _pulled(f: Tensor, layers: list[Layer], outputs: range) -> list[Tensor]:
@@ -250,7 +273,7 @@ def kernel_target_alignment(kernel: Tensor, targets: Tensor, *, centred: bool = 
 
     Args:
         kernel: (n, n), as of :func:`ntk` or :func:`feature_kernel`.
-        targets: (n,) or (n, C) numbers, or (n,) whole numbers for classes, which become one-hot.
+        targets: (n,) or (n, C) floats, or (n,) whole numbers for classes from 0, which become one-hot.
         centred: take the mean out of both first.
 
     Example:
@@ -259,6 +282,11 @@ def kernel_target_alignment(kernel: Tensor, targets: Tensor, *, centred: bool = 
         >>> round(kernel_target_alignment(torch.outer(y, y), y), 6)
         1.0
     """
+    if not targets.is_floating_point() and targets.numel() and int(targets.min()) < 0:
+        raise UsageError(
+            f"targets are whole numbers down to {int(targets.min())}, and classes count from 0; give targets.float() "
+            "if they are numbers"
+        )
     if targets.is_floating_point():
         rows = targets.reshape(len(targets), -1).to(kernel)
     else:
@@ -270,7 +298,7 @@ def centred_kernel_alignment(kernel: Tensor, other: Tensor, *, centred: bool = T
     """A(K, K') of two kernels on the same samples (CKA): of two models, or of one at two times.
 
     Raises:
-        UsageError: for kernels that are not both (n, n), or one that is 0 after centring.
+        UsageError: for kernels that are not both (n, n), or one that is 0 but for rounding after centring.
 
     Example:
         >>> import torch
@@ -285,12 +313,14 @@ def centred_kernel_alignment(kernel: Tensor, other: Tensor, *, centred: bool = T
             "give two (n, n) kernels of the same samples"
         )
     other = other.to(kernel)
+    rounding = len(kernel) * torch.finfo(kernel.dtype).eps
+    floors = [rounding * float(matrix.norm()) for matrix in (kernel, other)]
     if centred:
         kernel, other = _centred(kernel), _centred(other)
-    scale = float(kernel.norm() * other.norm())
-    if not scale > 0:
+    sizes = [float(matrix.norm()) for matrix in (kernel, other)]
+    if not all(size > floor for size, floor in zip(sizes, floors, strict=True)):
         raise UsageError("one of the kernels is constant over the samples, so it has no direction; give other samples")
-    return float((kernel * other).sum()) / scale
+    return float((kernel * other).sum()) / math.prod(sizes)
 
 
 def _centred(kernel: Tensor) -> Tensor:

@@ -195,23 +195,37 @@ def trace_gram(a: Tensor, delta: Tensor) -> Tensor:
     return mirrored(total)
 
 
-def full_gram(a: Tensor, delta: Tensor) -> Tensor:
-    """Inner products of per-sample weight gradients of all pairs of outputs, (n, C, n, C). See :func:`trace_gram`."""
+def full_gram(a: Tensor, delta: Tensor, other: Tensor | None = None) -> Tensor:
+    """Inner products of per-sample weight gradients of all pairs of outputs, (n, C, n, C).
+
+    Args:
+        a, delta: see :func:`trace_gram`.
+        other: (n, groups, C', d, T) of other outputs to pair those of ``delta`` with: (n, C, n, C').
+    """
     n, groups, outputs, d, positions = delta.shape
-    total = a.new_zeros(n * outputs, n * outputs)
+    across = outputs if other is None else other.shape[2]
+    total = a.new_zeros(n * outputs, n * across)
     for g in range(groups):
         left, right = a[:, g], delta[:, g]  # (n, k, T), (n, C, d, T)
+        facing = right if other is None else other[:, g]
         if positions == 1:
             inputs = left[..., 0] @ left[..., 0].T
-            flat = right.reshape(n * outputs, d)
-            product = (flat @ flat.T).view(n, outputs, n, outputs)
-            total += (product * inputs[:, None, :, None]).view(n * outputs, -1)
+            product = right.reshape(n * outputs, d) @ facing.reshape(n * across, d).T
+            total += (product.view(n, outputs, n, across) * inputs[:, None, :, None]).view(n * outputs, -1)
             continue
-        units = max(1, GRAM_BYTES // (a.element_size() * n * outputs * a.shape[2]))
+        units = max(1, GRAM_BYTES // (a.element_size() * n * max(outputs, across) * a.shape[2]))
         for start in range(0, d, units):
-            some = right[:, :, start : start + units].flatten(1, 2)
-            _add_gram(total, torch.bmm(some, left.transpose(1, 2)).view(n * outputs, -1))
-    return mirrored(total).view(n, outputs, n, outputs)
+            one = _gradients(left, right[:, :, start : start + units]).view(n * outputs, -1)
+            if other is None:
+                _add_gram(total, one)
+            else:
+                total.addmm_(one, _gradients(left, facing[:, :, start : start + units]).view(n * across, -1).T)
+    return (mirrored(total) if other is None else total).view(n, outputs, n, across)
+
+
+def _gradients(a: Tensor, delta: Tensor) -> Tensor:
+    """The weight gradients of each sample and output, (n, C · d, k), of (n, k, T) and (n, C, d, T) factors."""
+    return torch.bmm(delta.flatten(1, 2), a.transpose(1, 2))
 
 
 def mirrored(lower: Tensor) -> Tensor:

@@ -159,6 +159,36 @@ def test_layerwise_and_chunked_are_the_kernel_of_the_jacobians(name: str, monkey
     monkeypatch.setattr(_layers, "GRAM_BYTES", 1)
     monkeypatch.setattr(module, "DELTA_BYTES", 1)
     torch.testing.assert_close(ntk(net, x), trace, rtol=1e-9, atol=1e-10 * scale)
+    torch.testing.assert_close(ntk(net, x, full=True), expected, rtol=1e-9, atol=1e-10 * scale)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("make", [lambda: MLP(5, 7, width=8, bias=True), lambda: CNN((2, 8, 8), 7, width=4, depth=3)])
+def test_what_is_backpropagated_is_held_within_its_memory(
+    make: Callable[[], nn.Module], full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net = make()
+    x = draw(5, 5) if isinstance(net, MLP) else draw(5, 2, 8, 8)
+    expected, whole, pulled = ntk(net, x, full=full), [], module._pulled
+
+    def watched(*args: Any) -> list[Tensor]:
+        deltas = pulled(*args)
+        whole.append(sum(delta.numel() * delta.element_size() for delta in deltas))
+        return deltas
+
+    monkeypatch.setattr(module, "_pulled", watched)
+    ntk(net, x, full=full)
+    assert len(whole) == 1
+    one = whole[0] // 7
+    for allowed in (1, 2, 3, 5):  # outputs
+        limit = allowed * one * (2 if full else 1)
+        monkeypatch.setattr(module, "DELTA_BYTES", limit)
+        whole.clear()
+        torch.testing.assert_close(ntk(net, x, full=full), expected, rtol=1e-10, atol=1e-12)
+        assert max(whole) == allowed * one
+        blocks = -(-7 // allowed)
+        assert len(whole) == (blocks * (blocks + 1) // 2 if full else blocks)
 
 
 def test_attention_has_the_kernel_of_its_jacobians() -> None:
@@ -243,6 +273,18 @@ def test_alignments_are_their_formulas() -> None:
         (
             lambda: centred_kernel_alignment(torch.ones(3, 3), draw(3, 3)),
             "one of the kernels is constant over the samples",
+        ),
+        *(
+            (lambda at=at: centred_kernel_alignment(*at), "one of the kernels is constant over the samples")
+            for at in (
+                (torch.full((7, 7), 0.1), draw(7, 7)),
+                (draw(7, 7).double(), torch.full((7, 7), 0.1).double()),
+                (torch.zeros(3, 3), draw(3, 3)),
+            )
+        ),
+        (
+            lambda: kernel_target_alignment(draw(3, 3), torch.tensor([1, -1, 1])),
+            r"targets are whole numbers down to -1, and classes count from 0; give targets\.float\(\)",
         ),
     ],
 )

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from gammaopt._roles import CONVS
 
 TRIAL_TOL = 1e3  # times the dtype's epsilon, relative: the sum of the parts against autograd's gradient
+SUM_TOL = 10.0  # times epsilon, of ‖δ‖ ‖a‖: what a gradient that is zero in theory may be instead
 GRAM_BYTES = 2**28  # for an intermediate matrix
 CACHE_BYTES = 2**22  # of it at a time on a CPU: made and used up before it leaves the cache
 LEAST_UNITS = 64  # whose gradients are made at a time, if memory allows
@@ -143,37 +144,43 @@ def trusted(
         output, [*own, *(layer.output for layer in candidates)], direction, retain_graph=True, allow_unused=True
     )
     expected = dict(zip(parameters, grads[: len(own)], strict=True))
-    tolerance = TRIAL_TOL * torch.finfo(output.dtype).eps
     good: list[Layer] = []
     names: set[str] = set()
     for layer, gradient in zip(candidates, grads[len(own) :], strict=True):
         if gradient is None:
             continue
         delta = layer.deltas(gradient, n)
-        if not torch.equal(delta.flatten(1).any(1), inside):
+        reached = delta.flatten(1).any(1)
+        if (reached & ~inside).any() or not reached.any():  # of those inside, some may have all units dead
             continue
         delta = delta[chosen]
-        made: dict[str, tuple[Tensor, Tensor]] = {}  # by us and by autograd
+        made: dict[str, tuple[Tensor, Tensor, float]] = {}  # by us and by autograd; a bound on the sum
         for leaf in ("weight", "bias"):
             name = f"{layer.name}.{leaf}".removeprefix(".")
             if name not in parameters or (whole := expected[name]) is None:
                 continue
             if leaf == "bias":
-                made[name] = delta.sum((0, 3)).flatten(), whole
+                terms = delta.shape[0] * delta.shape[3]
+                made[name] = delta.sum((0, 3)).flatten(), whole, float(delta.norm()) * terms**0.5
                 continue
             # A random combination of the rows of the weight's gradient says as much as all of them, and costs less.
             mix = torch.randn(delta.shape[1:3], generator=generator, dtype=torch.float64).to(delta)
             mixed = torch.einsum("ngdt,gd->ngt", delta, mix)
-            ours = torch.einsum("ngt,ngkt->gk", mixed, layer.patches(n, chosen))
-            made[name] = ours, torch.einsum("gdk,gd->gk", whole.reshape(*mix.shape, -1), mix)
-        if made and all(_distance(*both) <= tolerance for both in made.values()):
+            patches = layer.patches(n, chosen)
+            ours = torch.einsum("ngt,ngkt->gk", mixed, patches)
+            bound = float(delta.norm()) * float(mix.norm()) * float(patches.norm())
+            made[name] = ours, torch.einsum("gdk,gd->gk", whole.reshape(*mix.shape, -1), mix), bound
+        if made and all(_agree(*each, output.dtype) for each in made.values()):
             good.append(layer)
             names.update(made)
     return good, names
 
 
-def _distance(value: Tensor, expected: Tensor) -> float:
-    return float((value - expected).norm()) / (float(expected.norm()) or 1.0)
+def _agree(value: Tensor, expected: Tensor, bound: float, dtype: torch.dtype) -> bool:
+    """Whether two sums are equal but for rounding, which a sum that cancels has of what it is made of: of its bound."""
+    epsilon = torch.finfo(dtype).eps
+    allowed = TRIAL_TOL * epsilon * float(expected.norm()) + SUM_TOL * epsilon * bound
+    return float((value - expected).norm()) <= allowed
 
 
 def trace_gram(a: Tensor, delta: Tensor) -> Tensor:

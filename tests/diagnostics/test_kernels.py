@@ -97,6 +97,20 @@ class Odd(nn.Module):
         return out
 
 
+class PlainAttention(nn.Module):
+    """Softmax of q·k by hand: what k's bias does to it is nothing, and its gradient nothing but rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
+        self.readout = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.q(x) @ self.k(x).transpose(1, 2)).softmax(-1)
+        out: Tensor = self.readout(weights @ self.v(x)).mean(1)
+        return out
+
+
 def frozen() -> nn.Module:
     net = MLP(5, 2, width=6, bias=True)
     named = dict(net.named_parameters())
@@ -127,6 +141,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], float]] = {
     "batch norm": (lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)).eval(), (6, 4), 37 / 47),
     "frozen": (frozen, (6, 5), 1.0),
     "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), (6, 4), 3 / 18),
+    "plain attention": (PlainAttention, (6, 5, 4), 1.0),
     "plain output": (lambda: nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), (6, 4), 1.0),
 }
 
@@ -160,6 +175,28 @@ def test_layerwise_and_chunked_are_the_kernel_of_the_jacobians(name: str, monkey
     monkeypatch.setattr(module, "DELTA_BYTES", 1)
     torch.testing.assert_close(ntk(net, x), trace, rtol=1e-9, atol=1e-10 * scale)
     torch.testing.assert_close(ntk(net, x, full=True), expected, rtol=1e-9, atol=1e-10 * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_gradient_that_is_zero_in_theory_is_no_reason_to_go_sample_by_sample(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    expected = ntk(net := PlainAttention(), x := draw(16, 20, 4))
+    monkeypatch.setattr(module, "_sample_by_sample", lambda *_: pytest.fail("went sample by sample"))
+    torch.testing.assert_close(ntk(net, x, dtype=dtype).double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_sample_with_all_units_dead_is_no_reason_to_go_sample_by_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)), draw(6, 4)
+    with torch.no_grad():
+        net[0].weight.abs_()
+    x[:3] = -10 * x[:3].abs()
+    assert (net[1](net[0](x[:3])) == 0).all()
+    expected = reference(net, x).diagonal(dim1=2, dim2=3).sum(-1)
+    monkeypatch.setattr(module, "_sample_by_sample", lambda *_: pytest.fail("went sample by sample"))
+    torch.testing.assert_close(ntk(net, x), expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("full", [False, True])

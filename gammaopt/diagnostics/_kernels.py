@@ -22,7 +22,7 @@ from gammaopt._errors import UsageError, at_least
 from gammaopt._probe import Inputs, Output
 from gammaopt._roles import layers_in_order
 from gammaopt.diagnostics._function import DOUBLE, Function, undisturbed
-from gammaopt.diagnostics._layers import Layer, full_gram, recorded, trace_gram, trusted
+from gammaopt.diagnostics._layers import Layer, full_gram, make_dense, recorded, trace_gram, trusted
 
 DELTA_BYTES = 2**29  # for what is backpropagated from several outputs at a time
 JACOBIAN_BYTES = 2**29
@@ -69,6 +69,7 @@ def ntk(
         at_least("chunk", chunk, 1)
     function = Function(model, output, dtype)
     function.refuse_batch_statistics("the NTK")
+    make_dense(function.module)
     x = function.to(x)
     with undisturbed(function.device):
         with recorded(function.module) as layers:

@@ -94,6 +94,13 @@ def unfolded(value: Tensor, conv: Any) -> Tensor:
     return value.reshape(n, conv.groups, channels // conv.groups * math.prod(conv.kernel_size), -1)
 
 
+def make_dense(model: nn.Module) -> None:
+    """Let embeddings of a copy have plain gradients: sparse ones are for optimizers, and have no second derivative."""
+    for part in model.modules():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+            part.sparse = False
+
+
 @contextmanager
 def recorded(model: nn.Module) -> Iterator[list[Layer]]:
     """The Linear and Conv layers that run inside, with their inputs and outputs."""

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from gammaopt._errors import UsageError, one_of
+from gammaopt._errors import UsageError, one_of, rate
 from gammaopt._probe import Output
 from gammaopt.diagnostics._function import (
     DOUBLE,
@@ -27,6 +27,7 @@ from gammaopt.diagnostics._function import (
     loss_of,
     undisturbed,
 )
+from gammaopt.diagnostics._layers import make_dense
 
 Matrix = Literal["hessian", "ggn"]
 Reduction = Literal["mean", "sum"]
@@ -53,7 +54,7 @@ class Curvature:
         matrix: ``"hessian"`` or ``"ggn"``.
         reduction: whether ``loss`` is the mean or the sum over the samples of its batch.
         output: which part of what a plain model returns is its output; see :func:`gammaopt.wrap`.
-        rates: parameter name → rate r; the matrix is then √R H √R with R = diag(r). 1 for all by default.
+        rates: trainable parameter's name → rate r ≥ 0; the matrix is then √R H √R with R = diag(r). 1 by default.
         dtype: to compute in. float32 is twice as fast on most accelerators and right to about 1e-4 of λ_max.
 
     Attributes:
@@ -87,6 +88,7 @@ class Curvature:
         self._criterion = loss_function(loss)
         self._batches = Batches(data)
         self._function = Function(model, output, dtype)
+        make_dense(self._function.module)
         self._parameters = list(self._function.parameters.values())
         self._ggn, self._mean = matrix == "ggn", reduction == "mean"
         self._starts: list[Tensor | None] = []
@@ -143,9 +145,12 @@ class Curvature:
             )
 
     def _roots(self, rates: Mapping[str, float]) -> Tensor:
+        if missing := [name for name in self._function.parameters if name not in rates]:
+            raise UsageError(f"rates has no {missing[0]!r}; give one for each trainable parameter, 0 for one at rest")
+        roots = {name: rate(f"rates[{name!r}]", rates[name]) ** 0.5 for name in self._function.parameters}
         return torch.cat(
             [
-                torch.full((parameter.numel(),), rates[name] ** 0.5, dtype=parameter.dtype, device=parameter.device)
+                torch.full((parameter.numel(),), roots[name], dtype=parameter.dtype, device=parameter.device)
                 for name, parameter in self._function.parameters.items()
             ]
         )

@@ -431,6 +431,14 @@ X, Y = draw(8, 6), torch.arange(8) % 2
         ),
         (lambda: hessian_trace(frozen(), "mse", (X, Y), products=5), "products=5 is too small; give at least 6"),
         (lambda: spectral_density(frozen(), "mse", (X, Y), steps=1), "steps=1 is too small"),
+        (
+            lambda: Curvature(frozen(), "mse", (X, Y), rates={"2.weight": 1.0}),
+            "rates has no '2.bias'; give one for each trainable parameter",
+        ),
+        (
+            lambda: Curvature(frozen(), "mse", (X, Y), rates={"2.weight": 1.0, "2.bias": -0.5}),
+            r"rates\['2.bias'\]=-0.5 is not allowed; give a finite rates\['2.bias'\] >= 0",
+        ),
         (lambda: Curvature(frozen(), "mse", (X, Y))(torch.zeros(3)), r"shape \(3,\) does not fit 18 trainable"),
     ],
 )
@@ -500,3 +508,15 @@ def test_an_operation_that_can_be_differentiated_once_only_is_refused(matrix: An
     ):
         with pytest.raises(UsageError, match=r"curvature of Once is not symmetric .*use its plain form"):
             ask()
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "ggn"])
+def test_a_sparse_embedding_has_the_curvature_of_a_dense_one(matrix: Any) -> None:
+    tokens = torch.randint(5, (9, 2), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(5, 3, sparse=sparse), nn.Flatten(), nn.Linear(6, 2))
+        found[sparse] = hessian_eigenvalues(net, "mse", (tokens, draw(9, 2)), 3, matrix=matrix).values
+        assert net[0].sparse == sparse
+    np.testing.assert_array_equal(found[True], found[False])

@@ -164,8 +164,7 @@ class Curvature:
             value = loss_of(self._criterion, output, batch.targets)
             weight = len(output) if self._mean else 1
             loss, samples = loss + weight * float(value.detach()), samples + weight
-            make = self._ggn_graph if self._ggn else self._hessian_graph
-            graph = make(output, value, batch.targets)
+            graph = self._ggn_graph(output, batch.targets) if self._ggn else self._hessian_graph(value)
             if self._batches.single:
                 self._graph, weight, samples = graph, 1, 1
                 loss = float(value.detach())
@@ -189,12 +188,12 @@ class Curvature:
                 self._starts.append(self._function.start(inputs))
             yield _Batch(inputs, targets, self._starts[index])
 
-    def _hessian_graph(self, output: Tensor, value: Tensor, targets: Any) -> tuple[Tensor, ...]:
+    def _hessian_graph(self, value: Tensor) -> tuple[Tensor, ...]:
         if not value.requires_grad:
             raise UsageError("the loss does not depend on the model's trainable parameters; nothing to differentiate")
         return (self._flat(torch.autograd.grad(value, self._parameters, create_graph=True, allow_unused=True)),)
 
-    def _ggn_graph(self, output: Tensor, value: Tensor, targets: Any) -> tuple[Tensor, ...]:
+    def _ggn_graph(self, output: Tensor, targets: Any) -> tuple[Tensor, ...]:
         if not output.requires_grad:
             raise UsageError("the output does not depend on the model's trainable parameters; nothing to differentiate")
         dummy = torch.zeros_like(output, requires_grad=True)

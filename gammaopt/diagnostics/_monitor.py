@@ -31,7 +31,7 @@ from gammaopt._plan import Plan
 from gammaopt._probe import Inputs, Output
 from gammaopt.diagnostics._function import Batches, Function, LossFunction, loss_function, loss_of, undisturbed
 from gammaopt.diagnostics._kernels import centred_kernel_alignment, feature_kernel, kernel_target_alignment, ntk
-from gammaopt.diagnostics._spectrum import sharpness
+from gammaopt.diagnostics._spectrum import no_edge, sharpness
 from gammaopt.online._losses import hits
 from gammaopt.online._run_file import RunFile
 from gammaopt.online.record import RunRecord
@@ -52,8 +52,8 @@ class Measurement:
         seconds: that it took.
         loss, accuracy: on the monitor's data.
         sharpness: λ_max of the Hessian.
-        sharpness_lr: sharpness × rate in the coordinates in which the optimizer's rates are equal, over 1 + momentum:
-            2 at the edge of stability. SGD only.
+        sharpness_lr: sharpness × rate as :func:`gammaopt.diagnostics.sharpness` gives it with the optimizer: 2 at the
+            edge of stability, with any momentum. Only for SGD that minimises, with one momentum in all groups.
         alignment: centred alignment of the NTK with the targets.
         kernel_kept: centred alignment of the NTK with that of the first measurement: 1 for a lazy run.
         feature_alignment: centred alignment of the last hidden layer's kernel with the targets.
@@ -237,9 +237,9 @@ class Monitor:
         if "sharpness" in self._measures:
             search = {"tol": 1e-2, **settings}
             found["sharpness"] = sharpness(self.model, self._loss, self._data, **search)
-            if isinstance(self.optimizer, torch.optim.SGD):
+            if isinstance(self.optimizer, torch.optim.SGD) and no_edge(self.optimizer, self.model) is None:
                 scaled = sharpness(self.model, self._loss, self._data, optimizer=self.optimizer, **search)
-                found["sharpness_lr"] = scaled / (1 + float(self.optimizer.param_groups[0].get("momentum", 0.0)))
+                found["sharpness_lr"] = scaled
         x, y = self._few
         if "ntk" in self._measures:
             kernel = ntk(self.model, x, **settings).cpu()

@@ -204,9 +204,14 @@ def sharpness(
     one rate: with ``optimizer`` it is the largest eigenvalue of √R H √R, R being the optimizer's rates, which is the
     sharpness in the coordinates in which all rates are equal.
 
+    Momentum moves the edge, and the rates are in units of it, so that it is at 2 with any: η·λ is over 1 + β for
+    momentum β, times 1 − τ for dampening τ, and over (1 + β)/(1 + 2β) for Nesterov's (see :func:`rates_of`). Weight
+    decay ω is no part of the loss here: it adds ω to each λ, so that the edge comes η·ω before 2 (where all rates are
+    equal, without momentum).
+
     Args:
         model, loss, data: see :func:`hessian_eigenvalues`.
-        optimizer: SGD on ``model.parameters()``, torch's or gammaopt's. With momentum β the edge is at 2(1 + β).
+        optimizer: SGD on ``model.parameters()``, torch's or gammaopt's, that minimises with one momentum in all groups.
         tol: relative error to stop at.
         settings: others of :func:`hessian_eigenvalues`.
 
@@ -361,25 +366,67 @@ def _operator(
 
 
 def rates_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, float]:
-    """Parameter name → the rate at which ``optimizer`` steps it now; 0 for one that it doesn't hold.
+    r"""Parameter name → the rate at which ``optimizer`` steps it now; 0 for one that it doesn't hold.
+
+    In units of half of its edge of stability, which is what the rate would be without momentum. On ℓ = λw²/2 the
+    step w, m → w′, m′ has an eigenvalue −1, and so oscillates for ever, at
+
+        ηλ = 2(1 + β)/(1 − τ)  for m′ = βm + (1 − τ)λw, w′ = w − ηm′
+        ηλ = (2 + 2β)/(1 + 2β)  for Nesterov's w′ = w − η(λw + βm′), m′ = βm + λw
 
     Raises:
-        UsageError: if none of the model's parameters is in it.
+        UsageError: if none of the model's parameters is in it, or it has no one edge (:func:`no_edge`).
     """
     model = getattr(model, "_orig_mod", model)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
     effective = iter(_in_order(optimizer)) if isinstance(optimizer, Multipliers) else None
     rates: dict[str, float] = {}
+    held = {id(parameter) for parameter in model.parameters()}
+    found = False
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             rate = float(group["lr"]) if effective is None else next(effective)
-            if id(parameter) in names:
-                rates[names[id(parameter)]] = rate
-    if not rates:
+            found = found or id(parameter) in held
+            if id(parameter) in names:  # a schedule's last rate may be below 0 by rounding
+                rates[names[id(parameter)]] = max(0.0, rate) * _without_momentum(group)
+    if not found:
         raise UsageError(
             f"this {type(optimizer).__name__} holds no parameter of {type(model).__name__}; give the one that trains it"
         )
-    return {name: rates.get(name, 0.0) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    reason = no_edge(optimizer, model)
+    if reason is not None:
+        raise UsageError(reason)
+    return {name: rates.get(name, 0.0) for name in names.values()}
+
+
+def no_edge(optimizer: torch.optim.Optimizer, model: nn.Module) -> str | None:
+    """Why the SGD that steps ``model`` has no one edge of stability; ``None`` if it has.
+
+    Two momenta couple the directions of the Hessian, and no eigenvalue of one matrix tells where that turns unstable.
+    """
+    ours = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    groups = [group for group in optimizer.param_groups if any(id(parameter) in ours for parameter in group["params"])]
+    if any(group.get("maximize") for group in groups):
+        return (
+            f"this {type(optimizer).__name__} maximises, and the edge of stability is that of descent; "
+            "minimise the negative loss instead, or leave optimizer= out"
+        )
+    momenta = sorted({(float(group.get("momentum", 0.0)), bool(group.get("nesterov"))) for group in groups})
+    if len(momenta) > 1:
+        told = " and ".join(f"{beta:g}{' (Nesterov)' if nesterov else ''}" for beta, nesterov in momenta)
+        return (
+            f"this {type(optimizer).__name__} has the momenta {told}, and no one edge of stability; "
+            "give all groups one momentum, or leave optimizer= out"
+        )
+    return None
+
+
+def _without_momentum(group: dict[str, Any]) -> float:
+    """2 over the edge of a group's SGD, see :func:`rates_of`; torch dampens with a momentum only."""
+    beta = float(group.get("momentum", 0.0))
+    if group.get("nesterov"):
+        return (1 + 2 * beta) / (1 + beta)
+    return (1 - float(group.get("dampening", 0.0))) / (1 + beta) if beta else 1.0
 
 
 def _in_order(optimizer: Multipliers) -> list[float]:

@@ -75,7 +75,7 @@ def test_it_measures_at_log_spaced_steps_what_the_functions_measure(tmp_path: Pa
     last = monitor.measure()
     assert last.sharpness == pytest.approx(sharpness(model, "mse", (X, Y)), rel=2e-2)
     scaled = sharpness(model, "mse", (X, Y), optimizer=optimizer)
-    assert last.sharpness_lr == pytest.approx(scaled / 1.5, rel=2e-2)
+    assert last.sharpness_lr == pytest.approx(scaled, rel=2e-2)
     assert last.alignment == pytest.approx(kernel_target_alignment(ntk(model, X[:16]), Y[:16]))
     assert monitor.measurements[0].kernel_kept == pytest.approx(1.0)
     record = monitor.finish()
@@ -90,6 +90,20 @@ def test_it_measures_at_log_spaced_steps_what_the_functions_measure(tmp_path: Pa
     assert record.final_loss == pytest.approx(last.loss)
     assert len(record.curve.steps) <= 40
     assert f"sharpness × rate: {last.sharpness_lr:.2f} of 2" in monitor.verdict()
+
+
+@pytest.mark.parametrize(
+    ("settings", "edge"),
+    [({"momentum": 0.9}, 3.8), ({"momentum": 0.9, "nesterov": True}, 3.8 / 2.8), ({"maximize": True}, None)],
+)
+def test_sharpness_times_rate_is_in_units_of_the_edge(settings: dict[str, Any], edge: float | None) -> None:
+    net = nn.Linear(6, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, **settings)
+    monitor = Monitor(net, optimizer, "mse", (X, Y), measures=("sharpness",))
+    (measured,) = monitor.measurements
+    assert measured.sharpness is not None
+    expected = None if edge is None else pytest.approx(0.1 * measured.sharpness * 2 / edge, rel=2e-2)
+    assert measured.sharpness_lr == expected
 
 
 def test_the_share_of_time_is_kept_and_a_due_step_waits() -> None:

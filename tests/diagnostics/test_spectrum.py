@@ -208,6 +208,60 @@ def test_sharpness_with_an_optimizer_is_at_two_where_its_steps_turn_unstable() -
         assert (losses[-1] > losses[300]) == grows
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, gammaopt.SGD])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"momentum": 0.3},
+        {"momentum": 0.9},
+        {"momentum": 0.5, "nesterov": True},
+        {"momentum": 0.9, "nesterov": True},
+        {"momentum": 0.9, "dampening": 0.6},
+        {"dampening": 0.6},  # which torch leaves alone without momentum
+    ],
+)
+def test_the_edge_is_at_two_with_any_momentum(kind: Any, settings: dict[str, Any]) -> None:
+    """Full-batch steps on a quadratic, with two rates: just below 2 they shrink, just above they grow."""
+    x, y = draw(40, 6), torch.zeros(40, 1)
+    for factor, grows in ((0.98, False), (1.02, True)):
+        torch.manual_seed(0)
+        model = gammaopt.wrap(nn.Sequential(nn.Linear(6, 1)), 2.0, depth=1, knee=1.0, center="none").double()
+        groups = [{"params": [model[0].weight], "lr": 0.3}, {"params": [model[0].bias], "lr": 1.0}]
+        optimizer = kind(groups, **settings)
+        at = sharpness(model, "mse", (x, y), optimizer=optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] *= factor * 2 / at
+        losses = []
+        for _ in range(600):
+            optimizer.zero_grad()
+            loss = CRITERIA["mse"](model(x.double()), y.double())
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert (losses[-1] > 2 * losses[300]) == grows
+        assert (losses[-1] < 0.5 * losses[300]) != grows
+
+
+def test_dampening_may_differ_by_group_and_what_has_no_one_edge_is_refused() -> None:
+    net = nn.Linear(2, 1, bias=True)
+    data = torch.eye(2), torch.zeros(2, 1)
+
+    def of(bias: dict[str, Any], **settings: Any) -> float:
+        groups = [{"params": [net.weight]}, {"params": [net.bias], **bias}]
+        return sharpness(net, "mse", data, optimizer=torch.optim.SGD(groups, lr=0.5, momentum=0.5, **settings))
+
+    damped = torch.optim.SGD([{"params": [net.weight]}, {"params": [net.bias], "lr": 0.1}], lr=0.5)
+    expected = sharpness(net, "mse", data, optimizer=damped) / 1.5
+    assert of({"dampening": 0.8}) == pytest.approx(expected)
+    assert of({"lr": -1e-12}) == pytest.approx(0.5 / 1.5)  # where a schedule ends
+    with pytest.raises(UsageError, match=r"momenta 0\.5 and 0\.9, and no one edge .*; give all groups one momentum"):
+        of({"momentum": 0.9})
+    with pytest.raises(UsageError, match=r"momenta 0\.5 and 0\.5 \(Nesterov\)"):
+        of({"nesterov": True})
+    with pytest.raises(UsageError, match="this SGD maximises, and the edge of stability is that of descent"):
+        of({}, maximize=True)
+
+
 def test_sharpness_takes_the_rates_of_gammaopts_optimizers() -> None:
     model, loss, data = mlp(3.0, 3)
     optimizer = gammaopt.SGD(model.parameters(), lr=0.7)

@@ -105,6 +105,8 @@ class Monitor:
             Lines are added to files that are there.
         tensorboard: a ``SummaryWriter``, or a folder to make one in.
         seed: of the run, for its record.
+        start: steps taken before, by a run that goes on. Measurements and the record's curve count on from there; what
+            the record adds up is of the steps since.
         output: which part of what a plain model returns is its output; see :func:`gammaopt.wrap`.
 
     Attributes:
@@ -143,6 +145,7 @@ class Monitor:
         out: str | Path | None = None,
         tensorboard: Any = None,
         seed: int = 0,
+        start: int = 0,
         output: Output | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -153,6 +156,7 @@ class Monitor:
         for measure in measures:
             one_of("measure", measure, get_args(Measure))
         at_least("per_decade", per_decade, 1), at_least("kernel_samples", kernel_samples, 2)
+        self._start = at_least("start", start, 0)
         self.model, self.optimizer = getattr(model, "_orig_mod", model), optimizer
         self._loss, self._criterion = loss, loss_function(loss)
         (self._data,) = _one(data)
@@ -163,7 +167,7 @@ class Monitor:
         self._out = None if out is None else Path(out)
         self._writer = _writer(tensorboard)
         self.measurements: list[Measurement] = []
-        self.spent, self.step = 0.0, 0
+        self.spent, self.step = 0.0, start
         self._due, self._cost = 0, 0.0
         self._losses: list[Tensor] = []
         self._shares: list[Tensor] = []
@@ -201,8 +205,7 @@ class Monitor:
         """
         self.step += 1
         if loss is not None:
-            self._losses.append(torch.as_tensor(loss).detach())
-            self._shares.append(torch.as_tensor(0.0 if accuracy is None else accuracy).detach())
+            self.note(loss, accuracy)
         if self.step < self._due:
             return None
         if self._share is not None:
@@ -210,6 +213,17 @@ class Monitor:
             if self.spent + self._cost > self._share * elapsed:
                 return None
         return self.measure()
+
+    def note(self, loss: Tensor | float, accuracy: Tensor | float | None = None, *, steps: int = 1) -> None:
+        """Note a loss for the record's curve without counting a step, where it is known only later.
+
+        Args:
+            loss, accuracy: as in a call; means where they stand for several steps.
+            steps: how many they stand for, those after the last that was noted.
+        """
+        for _ in range(steps):
+            self._losses.append(torch.as_tensor(loss).detach())
+            self._shares.append(torch.as_tensor(0.0 if accuracy is None else accuracy).detach())
 
     def measure(self) -> Measurement:
         """Measure now, due or not."""
@@ -278,6 +292,7 @@ class Monitor:
             if len(losses)
             else _without_losses(self._run, self.step, loss, accuracy or 0.0)
         )
+        record = self._counted(record, bool(len(losses)))
         if self._law is None:
             record = dataclasses.replace(record, effective_lr=self._run.lr)
         elif not len(losses):
@@ -291,6 +306,14 @@ class Monitor:
             self._writer.flush()
         self._finished = record
         return record
+
+    def _counted(self, record: RunRecord, told: bool) -> RunRecord:
+        """The record with its steps counted as the monitor counts."""
+        at, curve = record.diverged_at, record.curve
+        if told:
+            curve = dataclasses.replace(curve, steps=tuple(step + self._start for step in curve.steps))
+            at = None if at is None else at + self._start
+        return dataclasses.replace(record, steps=max(1, self.step), diverged_at=at, curve=curve)
 
     def verdict(self) -> str:
         """In words, which regime the last measurement shows."""

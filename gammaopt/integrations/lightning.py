@@ -25,6 +25,9 @@ else:
 class MonitorCallback(_Callback):
     """Measures along ``Trainer.fit``.
 
+    A step is one of the optimizer: of accumulated batches the losses are added up, each of which Lightning has divided
+    by their number. A run that is resumed goes on counting at its ``global_step``; its record is of the steps since.
+
     Args:
         data: (inputs, targets), one batch.
         loss: see :class:`gammaopt.diagnostics.Monitor`.
@@ -39,22 +42,29 @@ class MonitorCallback(_Callback):
         self.monitor: Monitor | None = None
         self._data, self._loss, self._model, self._settings = data, loss, model, settings
         self._seen = 0
+        self._sum: Any = None  # of the losses since the optimizer's last step
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Measure the start."""
         if not trainer.is_global_zero:
             return
         model = the_model(pl_module) if self._model is None else self._model(pl_module)
-        self._seen = trainer.global_step
-        self.monitor = Monitor(model, trainer.optimizers[0], self._loss, self._data, **self._settings)
+        self._seen, self._sum = trainer.global_step, None
+        settings = {"start": trainer.global_step, **self._settings}
+        self.monitor = Monitor(model, trainer.optimizers[0], self._loss, self._data, **settings)
         self._log(trainer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count a step, if the optimizer made one, and measure if it is time."""
-        if self.monitor is None or trainer.global_step == self._seen:  # gradients are accumulated still
+        if self.monitor is None:
+            return
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if loss is not None:
+            self._sum = loss if self._sum is None else self._sum + loss
+        if trainer.global_step == self._seen:  # gradients are accumulated still
             return
         self._seen = trainer.global_step
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        loss, self._sum = self._sum, None
         if self.monitor(loss) is not None:
             self._log(trainer)
 

@@ -103,6 +103,56 @@ def test_lightning_measures_as_the_plain_loop_and_logs_it(tmp_path: Path) -> Non
     assert told == [(m.step, m.sharpness_lr) for m in callback.monitor.measurements]
 
 
+def lightning(folder: Path, callback: Any, steps: int, size: int, **settings: Any) -> Path:
+    pl: Any = pytest.importorskip("lightning.pytorch", reason="needs the extra 'frameworks'")
+
+    class Task(pl.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = prepared()
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            x, y = batch
+            loss: Tensor = (self.model(x) - y).square().mean()
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return gammaopt.SGD(self.parameters(), lr=0.3)
+
+    checkpoint = settings.pop("ckpt_path", None)
+    trainer = pl.Trainer(
+        max_steps=steps, accelerator="cpu", devices=1, logger=False, callbacks=[callback], default_root_dir=folder,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **settings,
+    )  # fmt: skip
+    trainer.fit(Task(), DataLoader(TensorDataset(X, Y), batch_size=size), ckpt_path=checkpoint)
+    trainer.save_checkpoint(folder / "saved.ckpt")
+    return folder / "saved.ckpt"
+
+
+def test_the_loss_of_accumulated_batches_is_that_of_the_step_in_lightning(tmp_path: Path) -> None:
+    pytest.importorskip("lightning.pytorch", reason="needs the extra 'frameworks'")
+    from gammaopt.integrations.lightning import MonitorCallback
+
+    callback = MonitorCallback((X, Y), "mse", share=None, out=tmp_path)
+    lightning(tmp_path, callback, STEPS, size=2, accumulate_grad_batches=4)
+    assert callback.monitor is not None
+    same(callback.monitor, plain_loop()[1], tmp_path)
+
+
+def test_a_resumed_run_counts_on_in_lightning(tmp_path: Path) -> None:
+    pytest.importorskip("lightning.pytorch", reason="needs the extra 'frameworks'")
+    from gammaopt.integrations.lightning import MonitorCallback
+
+    saved = lightning(tmp_path, MonitorCallback((X, Y), "mse", measures=()), 4, size=8)
+    callback = MonitorCallback((X, Y), "mse", measures=(), share=None)
+    lightning(tmp_path, callback, STEPS, size=8, ckpt_path=saved)
+    assert callback.monitor is not None
+    assert [m.step for m in callback.monitor.measurements] == [4, 6]
+    record, whole = callback.monitor.finish(), plain_loop()[1].finish()
+    assert (record.steps, record.curve.steps) == (STEPS, (5, 6))
+    assert record.curve.loss == pytest.approx(whole.curve.loss[4:], rel=1e-4)
+
+
 def test_accumulated_gradients_are_one_step_in_lightning() -> None:
     pytest.importorskip("lightning.pytorch", reason="needs the extra 'frameworks'")
     from gammaopt.integrations.lightning import MonitorCallback
@@ -140,30 +190,66 @@ class Regression(nn.Module):
         return {"logits": output} if labels is None else {"loss": (output - labels).square().mean(), "logits": output}
 
 
-@pytest.mark.parametrize("logging_steps", [1, 100])
-def test_hugging_faces_trainer_measures_as_the_plain_loop(tmp_path: Path, logging_steps: int) -> None:
+def hugging_face(folder: Path, callback: Any, *, resume: bool = False, **settings: Any) -> Regression:
     transformers: Any = pytest.importorskip("transformers", reason="needs the extra 'frameworks'")
     pytest.importorskip("accelerate", reason="needs the extra 'frameworks'")
-    from gammaopt.integrations.transformers import MonitorCallback
-
     model = Regression()
+    every: dict[str, Any] = {"max_steps": STEPS, "save_strategy": "no", **settings}
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path / "hf"), max_steps=STEPS, per_device_train_batch_size=8, report_to=[], use_cpu=True,
-        remove_unused_columns=False, logging_steps=logging_steps, save_strategy="no", disable_tqdm=True,
-        dataloader_pin_memory=False, max_grad_norm=0.0, lr_scheduler_type="constant",
+        output_dir=str(folder / "hf"), per_device_train_batch_size=8, report_to=[], use_cpu=True,
+        remove_unused_columns=False, disable_tqdm=True, dataloader_pin_memory=False, max_grad_norm=0.0,
+        lr_scheduler_type="constant", **every,
     )  # fmt: skip
-    callback = MonitorCallback((X, Y), "mse", share=None, out=tmp_path)
     optimizer = gammaopt.SGD(model.parameters(), lr=0.3)
     samples = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
     transformers.Trainer(
         model, arguments, train_dataset=samples, optimizers=(optimizer, None), callbacks=[callback]
-    ).train()
+    ).train(resume_from_checkpoint=resume)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("logging", "told"),
+    [
+        ({"logging_steps": 1}, 6),
+        ({"logging_steps": 100}, 0),  # the trainer tells no losses in between
+        ({"logging_steps": 2}, 6),
+        ({"logging_steps": 4}, 4),
+        ({"logging_strategy": "epoch", "logging_steps": 1}, 6),
+        ({"logging_strategy": "no", "logging_steps": 1}, 0),
+    ],
+)
+def test_hugging_faces_trainer_measures_as_the_plain_loop(tmp_path: Path, logging: dict[str, Any], told: int) -> None:
+    pytest.importorskip("transformers", reason="needs the extra 'frameworks'")
+    from gammaopt.integrations.transformers import MonitorCallback
+
+    callback = MonitorCallback((X, Y), "mse", share=None, out=tmp_path)
+    model = hugging_face(tmp_path, callback, **logging)
     _, monitor = plain_loop()
     assert callback.monitor is not None
     assert callback.monitor.model is model.net
-    if logging_steps == 1:
+    if logging == {"logging_steps": 1}:
         same(callback.monitor, monitor, tmp_path)
-    else:  # the trainer tells no losses in between
-        steps = [m.sharpness_lr for m in callback.monitor.measurements]
-        assert steps == pytest.approx([m.sharpness_lr for m in monitor.measurements], rel=1e-5)
-        assert callback.monitor.finish().curve.loss == ()
+    assert [m.step for m in callback.monitor.measurements] == [0, 1, 2, 3, 5]
+    steps = [m.sharpness_lr for m in callback.monitor.measurements]
+    assert steps == pytest.approx([m.sharpness_lr for m in monitor.measurements], rel=1e-5)
+    found, wanted = callback.monitor.finish(), monitor.finish()
+    assert found.steps == STEPS
+    assert len(found.curve.loss) == told
+    # A log's mean stands for each of its steps, so that means over them are those of the plain loop.
+    assert sum(found.curve.loss) == pytest.approx(sum(wanted.curve.loss[:told]), rel=1e-4)
+
+
+def test_a_resumed_run_counts_on_in_hugging_faces_trainer(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs the extra 'frameworks'")
+    from gammaopt.integrations.transformers import MonitorCallback
+
+    saving = {"save_strategy": "steps", "save_steps": 4, "logging_steps": 1}
+    hugging_face(tmp_path, MonitorCallback((X, Y), "mse", measures=()), max_steps=4, **saving)
+    callback = MonitorCallback((X, Y), "mse", measures=(), share=None)
+    hugging_face(tmp_path, callback, resume=True, **saving)
+    assert callback.monitor is not None
+    assert [m.step for m in callback.monitor.measurements] == [4, 6]
+    record, whole = callback.monitor.finish(), plain_loop()[1].finish()
+    assert (record.steps, record.curve.steps) == (STEPS, (5, 6))
+    assert record.curve.loss == pytest.approx(whole.curve.loss[4:], rel=1e-4)

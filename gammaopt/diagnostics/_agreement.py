@@ -9,12 +9,13 @@ networks across γ; Vyas et al., "Feature-learning networks are consistent acros
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gammaopt._errors import UsageError
 from gammaopt._probe import Inputs, Output, describe
@@ -31,7 +32,8 @@ class Agreement:
         distance: ‖f_a − f_b‖ relative to the geometric mean of their norms; 0 for equal functions, √2 for orthogonal
             ones of the same size. ``inf`` if only one of them is 0.
         cosine: of the two as vectors over samples and outputs; 0 if one of them is 0.
-        labels: share of samples on which the largest output is the same, or for one output its sign.
+        labels: share of samples on which the largest output is the same, or for one output its sign. Classes are in
+            dimension 1, as for cross-entropy; outputs (n, C, …) have an answer at each place.
     """
 
     distance: float
@@ -52,12 +54,15 @@ def agreement(
 
     Args:
         model_a, model_b: plain or wrapped; a wrapped one enters as f. Their sizes may differ, their outputs not.
-        stream: a tensor or dict of inputs; or an iterable of batches, (inputs, targets) or inputs alone.
+        stream: a tensor or dict of inputs; one (inputs, targets) tuple; or an iterable of batches, (inputs, targets) or
+            inputs alone. A tuple of two is one batch with its targets, as for other diagnostics: give two batches as a
+            list.
         output: which part of what plain models return is their output; see :func:`gammaopt.wrap`.
         dtype: to compute in.
 
     Raises:
-        UsageError: for a stream without samples, or outputs of different shapes.
+        UsageError: for a stream without samples, outputs of different shapes, or a model that normalises with the
+            statistics of its batch.
 
     Example:
         >>> import torch
@@ -93,29 +98,31 @@ def agreements(
     if len(named) < 2:
         raise UsageError(f"{len(named)} models can't agree; give at least two")
     functions = [Function(model, output, dtype) for model in named.values()]
+    for function in functions:
+        function.refuse_batch_statistics("agreement")
     count = len(functions)
     inner = torch.zeros(count, count, dtype=torch.float64)
     apart = torch.zeros(count, count, dtype=torch.float64)
     same = torch.zeros(count, count, dtype=torch.float64)
     samples = 0
-    for inputs in _inputs(stream):
-        values = []
-        for function in functions:
-            with undisturbed(function.device), torch.no_grad():
-                values.append(function(inputs).cpu())
-        shapes = {tuple(value.shape) for value in values}
-        if len(shapes) > 1:
-            raise UsageError(
-                f"the models' outputs have shapes {' and '.join(map(str, sorted(shapes)))}; give models of one task"
-            )
-        samples += len(values[0])
-        rows = torch.stack(values).flatten(1).double()
-        last = torch.stack(values)
-        answers = (last > 0).squeeze(-1) if last.dim() < 3 or last.shape[-1] == 1 else last.argmax(-1)
-        inner += rows @ rows.T
-        for i in range(count):
-            apart[i] += (rows - rows[i]).square().sum(1)
-            same[i] += (answers == answers[i]).flatten(1).double().mean(1) * len(values[0])
+    with _same_draws_after(stream):
+        for inputs in _inputs(stream):
+            values = []
+            for function in functions:
+                with undisturbed(function.device), torch.no_grad():
+                    values.append(function(inputs).cpu())
+            shapes = {tuple(value.shape) for value in values}
+            if len(shapes) > 1:
+                raise UsageError(
+                    f"the models' outputs have shapes {' and '.join(map(str, sorted(shapes)))}; give models of one task"
+                )
+            samples += len(values[0])
+            rows = torch.stack(values).flatten(1).double()
+            answers = torch.stack([_answers(value) for value in values])
+            inner += rows @ rows.T
+            for i in range(count):
+                apart[i] += (rows - rows[i]).square().sum(1)
+                same[i] += (answers == answers[i]).flatten(1).double().mean(1) * len(values[0])
     if not samples:
         raise UsageError("the stream has no batch; give at least one")
     keys, norms = list(named), inner.diagonal().sqrt()
@@ -133,10 +140,32 @@ def agreements(
     return found
 
 
+def _answers(output: Tensor) -> Tensor:
+    """The class of each sample, or its sign, (n, …)."""
+    if output.dim() == 1:
+        return output > 0
+    return (output > 0).squeeze(1) if output.shape[1] == 1 else output.argmax(1)
+
+
+@contextmanager
+def _same_draws_after(stream: Any) -> Iterator[None]:
+    """A loader draws its order and its workers' seed when it is read: its generator and torch's get their state back."""
+    own = getattr(stream, "generator", None)
+    state = own.get_state() if isinstance(own, torch.Generator) else None
+    try:
+        with torch.random.fork_rng([]):
+            yield
+    finally:
+        if isinstance(own, torch.Generator) and state is not None:
+            own.set_state(state)
+
+
 def _inputs(stream: Any) -> Iterable[Any]:
     """The inputs of each batch."""
-    if isinstance(stream, (torch.Tensor, Mapping)):
+    if isinstance(stream, (Tensor, Mapping)):
         return [stream]
     if not isinstance(stream, Iterable):
         raise UsageError(f"the stream is a {describe(stream)}; give inputs, or an iterable of batches")
+    if isinstance(stream, tuple) and len(stream) == 2:
+        return [stream[0]]
     return (batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch for batch in stream)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import gammaopt
 from gammaopt import UsageError
@@ -57,6 +58,44 @@ def test_a_wrapped_model_enters_as_f() -> None:
     found = agreement(model, net, X)  # f = (3 − 1) w·x/2
     assert found.distance == pytest.approx(0, abs=1e-6)
     assert found.cosine == pytest.approx(1)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_reading_a_shuffled_loader_leaves_generators_as_they_were(own: bool) -> None:
+    generator = torch.Generator().manual_seed(3) if own else None
+    loader: Any = DataLoader(TensorDataset(X, X), batch_size=7, shuffle=True, generator=generator)
+    a, b = linear(0), linear(1)
+    mine, before = None if generator is None else generator.get_state(), torch.get_rng_state()
+    assert agreement(a, b, loader).cosine == pytest.approx(agreement(a, b, X).cosine)
+    assert torch.equal(torch.get_rng_state(), before)
+    if generator is not None and mine is not None:
+        assert torch.equal(generator.get_state(), mine)
+
+
+def test_outputs_without_a_class_dimension_may_end_in_a_batch_of_one() -> None:
+    a, b = (nn.Sequential(linear(seed, 1), nn.Flatten(0)) for seed in (0, 1))
+    whole = agreement(a, b, X)
+    assert agreement(a, b, list(X.split(29))).labels == pytest.approx(whole.labels)
+    assert whole.labels == pytest.approx(float(((a[0][0](X) > 0) == (b[0][0](X) > 0)).double().mean()))  # type: ignore[index]
+
+
+def test_a_pair_is_one_batch_with_its_targets() -> None:
+    a, b = linear(0), linear(1)
+    assert agreement(a, b, (X, X.flip(0))) == agreement(a, b, X)
+    assert agreement(a, b, [X[:15], X[15:]]).samples == 30
+
+
+def test_classes_are_in_dimension_one_where_there_are_places() -> None:
+    a, b = (nn.Sequential(linear(seed, 6), nn.Unflatten(1, (3, 2))) for seed in (0, 1))
+    same = (a[0][0](X).reshape(30, 3, 2).argmax(1) == b[0][0](X).reshape(30, 3, 2).argmax(1)).double().mean()  # type: ignore[index]
+    assert agreement(a, b, X).labels == pytest.approx(float(same))
+
+
+def test_a_model_that_normalises_with_its_batch_is_refused() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    with pytest.raises(UsageError, match="agreement is a function of single samples, and '1' normalises"):
+        agreement(net, copy.deepcopy(net), X)
+    assert agreement(net.eval(), copy.deepcopy(net), X).distance == 0
 
 
 def test_mistakes_are_named() -> None:

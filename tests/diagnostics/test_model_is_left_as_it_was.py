@@ -50,7 +50,24 @@ def frozen() -> nn.Module:
     return net
 
 
-NETS: dict[str, Callable[[], nn.Module]] = {"attention": Attention, "batch norm": normalised, "frozen": frozen}
+class Drawing(nn.Module):
+    """It draws in evaluation too, on which nothing depends: whoever runs it moves torch's generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.readout = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.readout(torch.tanh(self.hidden(x))) + 0 * torch.rand(2).to(x)
+        return out
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "attention": Attention,
+    "batch norm": normalised,
+    "frozen": frozen,
+    "drawing": Drawing,
+}
 LOOKS: dict[str, Callable[[nn.Module], Any]] = {
     "ntk": lambda net: ntk(net, X),
     "ntk, sample by sample": lambda net: ntk(net, X, layerwise=False, full=True),

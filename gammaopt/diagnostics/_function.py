@@ -5,6 +5,9 @@ r"""The function that diagnostics look at: f(x; θ) in float64 on a private copy
 Dropout and stochastic depth are off. BatchNorm is in the mode that the model gives it: with batch statistics f of a
 sample depends on its batch, which a Hessian may and an NTK may not. θ are the parameters that require a gradient, each
 once where they are tied; frozen parts belong to f but not to θ.
+
+Forward hooks run on the copy as on the model, because a hook may be part of the function (old-style ``weight_norm``, an
+adapter, the factor of a residual branch): one that notes what passes is given the copy's float64 tensors too.
 """
 
 from __future__ import annotations
@@ -56,7 +59,10 @@ class Function:
                 "so that the model stays as it is: detach what it keeps, or use torch.nn.utils.parametrize"
             ) from None
         with torch.inference_mode(False):
-            self.module = twin.to(dtype)
+            self.module = twin._apply(lambda tensor: _cast(tensor, dtype))
+        for module in list(_every_module(self.module)):
+            if isinstance(module, Wrapped):
+                _follow(module)
         self.dtype = dtype
         self._reference: nn.Module | None = None
         self._gamma = 1.0
@@ -117,7 +123,7 @@ class Function:
         """Tensors in ``value`` on the model's device, floating ones in its dtype."""
         if isinstance(value, Tensor):
             value = value.clone() if value.is_inference() else value
-            return value.to(self.device, self.dtype if value.is_floating_point() else None)
+            return _cast(value.to(self.device), self.dtype)
         if isinstance(value, Mapping):
             return {key: self.to(item) for key, item in value.items()}
         if isinstance(value, (tuple, list)):
@@ -149,6 +155,26 @@ def _every_module(*parts: nn.Module | None) -> Iterator[nn.Module]:
         for module in part.modules() if part is not None else ():
             yield module
             yield from _every_module(getattr(module, "_gammaopt_reference", None))
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In ``dtype``, or its complex companion; whole numbers as they are."""
+    if tensor.is_complex():
+        return tensor.to(dtype.to_complex())
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _follow(model: Wrapped) -> None:
+    """What a wrapped model does at a call, which the look at its two parts goes around."""
+    reference = model._gammaopt_reference
+    if reference is None:
+        return
+    if "_gammaopt_empty" in model.__dict__:
+        raise UsageError(
+            f"θ₀ of {type(model).__name__} was on the meta device and to_empty() made its memory without values; "
+            "load a checkpoint of the wrapped model, or wrap the net after it was initialised"
+        )
+    model._gammaopt_follow(reference)
 
 
 def _check(model: nn.Module) -> None:

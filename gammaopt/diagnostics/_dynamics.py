@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gammaopt._errors import UsageError, at_least, positive
+from gammaopt.online.train import DIVERGED_RATIO
 
 Array = NDArray[np.float64]
-DIVERGED_RATIO = 1e3  # of the first loss, as in training here
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def dynamics(
         smallest: drop, in shares of ℓ(0), that counts as a stair.
 
     Raises:
-        UsageError: for a curve that is empty, unequal in length or not ascending in steps.
+        UsageError: for a curve that is unequal in length, not ascending in steps, or empty; that of a record may be
+            empty if it tells where the run diverged.
 
     Example:
         >>> print(dynamics(([1, 10, 100, 1000], [1.0, 1.0, 0.1, 0.1])))
@@ -100,9 +101,15 @@ def dynamics(
     if not 0 < moved < 1:
         raise UsageError(f"moved={moved:g} is no share; give 0 < moved < 1")
     positive("rise", rise), positive("smallest", smallest)
-    steps, relative = relative_curve(curve, start=start)
-    bad = ~np.isfinite(relative) | (relative > DIVERGED_RATIO)
     told = getattr(curve, "diverged_at", None)
+    whole = getattr(curve, "curve", curve)
+    if told is not None and not len(getattr(whole, "steps", [None])):  # at the first step: there is no curve
+        return Dynamics(None, None, (), float(told), math.inf)
+    steps, losses = _arrays(curve)
+    if not np.isfinite(losses[0]):  # which is no start to divide by
+        return Dynamics(None, None, (), float(steps[0]), math.inf)
+    relative = losses / positive("start", float(losses[0]) if start is None else start)
+    bad = ~np.isfinite(relative) | (relative > DIVERGED_RATIO)
     if bad.any() or told is not None:
         at = float(steps[np.argmax(bad)]) if bad.any() else float(told or 0)
         good = relative[: int(np.argmax(bad))] if bad.any() else relative
@@ -218,6 +225,9 @@ def collapse(curves: Sequence[Any], times: Sequence[float] | None = None, *, poi
     if len(curves) < 2:
         raise UsageError(f"{len(curves)} curves can't collapse; give at least two")
     at_least("points", points, 2)
+    data = [_arrays(curve) for curve in curves]
+    if not all(np.isfinite(losses).all() for _, losses in data):
+        raise UsageError("a curve has losses that are not finite; leave diverged runs out")
     if times is None:
         found = [dynamics(curve).plateau for curve in curves]
         if None in found:
@@ -226,9 +236,6 @@ def collapse(curves: Sequence[Any], times: Sequence[float] | None = None, *, poi
     if len(times) != len(curves):
         raise UsageError(f"{len(times)} times for {len(curves)} curves; give one for each")
     units = [positive("times", value) for value in times]
-    data = [_arrays(curve) for curve in curves]
-    if not all(np.isfinite(losses).all() for _, losses in data):
-        raise UsageError("a curve has losses that are not finite; leave diverged runs out")
     grid, rows = _common(data, units, points)
     _, plain = _common(data, [1.0] * len(data), points)
     return Collapse(_spread(rows), _spread(plain), grid, rows)

@@ -58,6 +58,15 @@ def test_divergence_is_the_first_loss_that_is_no_number_or_beyond_the_limit() ->
     assert dynamics(record).diverged_at == 3
 
 
+def test_a_run_that_diverged_at_once_has_dynamics_too() -> None:
+    record: Any = type("Record", (), {"curve": Curve((), (), ()), "diverged_at": 1})()
+    assert str(dynamics(record)) == "diverged at step 1"
+    for bad in (math.inf, math.nan):
+        found = dynamics(([1, 2], [bad, bad]))
+        assert (found.diverged_at, found.final, found.plateau) == (1, math.inf, None)
+        assert dynamics(([3, 4], [bad, bad]), start=1.0).diverged_at == 3
+
+
 def test_curves_that_differ_in_time_only_collapse_and_others_do_not() -> None:
     units = (1.0, 4.0, 30.0)
     curves = [(unit * T, stairs(T, (30.0, 300.0), (0.4, 0.5))) for unit in units]
@@ -82,6 +91,7 @@ def test_curves_that_differ_in_time_only_collapse_and_others_do_not() -> None:
         (lambda: dynamics(([1], [1.0]), moved=1.5), "moved=1.5 is no share"),
         (lambda: collapse([(T, T)]), "1 curves can't collapse"),
         (lambda: collapse([(T, np.ones(60))] * 2), "curve 0 is still on its plateau"),
+        (lambda: collapse([([1, 2], [math.inf, math.inf])] * 2), "a curve has losses that are not finite"),
         (lambda: collapse([(T, T)] * 2, [1.0]), "1 times for 2 curves"),
         (lambda: collapse([(T, T)] * 2, [1.0, 1e6]), "no time in common"),
     ],

@@ -140,12 +140,14 @@ class Function:
                 return name or type(module).__name__
         return None
 
-    def refuse_batch_statistics(self, what: str) -> None:
+    def refuse_batch_statistics(
+        self, what: str, fix: str = "call model.eval(), with running statistics, before"
+    ) -> None:
         """Raise :class:`UsageError` if f of a sample depends on the other samples."""
         if self.batch_norm is not None:
             raise UsageError(
                 f"{what} is a function of single samples, and {self.batch_norm!r} normalises with the statistics of "
-                "its batch; call model.eval(), with running statistics, before"
+                f"its batch; {fix}"
             )
 
 

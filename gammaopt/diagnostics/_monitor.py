@@ -16,7 +16,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -40,6 +40,7 @@ from gammaopt.optim._multipliers import Multipliers
 
 Measure = Literal["sharpness", "ntk", "features"]
 LAZY_KEPT = 0.9  # alignment of the kernel with the first one, above which it is called kept
+MOVED = 0.1  # of the first loss: a change by less is none
 EDGE = (1.6, 2.4)  # sharpness × rate that is called the edge of stability
 
 
@@ -54,7 +55,7 @@ class Measurement:
         sharpness: λ_max of the Hessian.
         sharpness_lr: sharpness × rate as :func:`gammaopt.diagnostics.sharpness` gives it with the optimizer: 2 at the
             edge of stability, with any momentum. Only for SGD that minimises, with one momentum in all groups.
-        alignment: centred alignment of the NTK with the targets.
+        alignment: centred alignment of the NTK with the targets, where those are numbers or one class for a sample.
         kernel_kept: centred alignment of the NTK with that of the first measurement: 1 for a lazy run.
         feature_alignment: centred alignment of the last hidden layer's kernel with the targets.
     """
@@ -81,8 +82,9 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Measurement:
-        """The measurement that :meth:`to_json` wrote; a loss that was ``null`` is no number."""
-        return cls(**{**data, "loss": math.nan if data["loss"] is None else data["loss"]})
+        """The measurement that :meth:`to_json` or a monitor wrote; a loss that was ``null`` is no number."""
+        own = {field.name: data[field.name] for field in dataclasses.fields(cls) if field.name in data}
+        return cls(**{**own, "loss": math.nan if data["loss"] is None else data["loss"]})
 
 
 class Monitor:
@@ -95,14 +97,19 @@ class Monitor:
         model: what is trained, plain or wrapped.
         optimizer: what trains it; gives the rates for ``sharpness_lr``.
         loss: ``"mse"``, ``"cross_entropy"``, or (output, targets) → scalar.
-        data: (inputs, targets), one batch, not trained on by preference; the kernels take its first samples.
+        data: (inputs, targets), one batch, not trained on by preference; the kernels take its first samples: of each
+            tensor in a tuple, list or mapping of inputs.
         share: of the time since the start, at most, for measurements; ``None`` for no limit. The first measurement, at
             the start, is always made, and counts.
-        measures: any of ``"sharpness"``, ``"ntk"``, ``"features"``.
+        measures: any of ``"sharpness"``, ``"ntk"``, ``"features"``. All by default, but no kernels while a BatchNorm
+            normalises with the statistics of its batch, as it does in training: f of a sample is then no function of
+            that sample. Its running statistics are no way out: they start at (0, 1), and the kernel with them moves
+            without a step.
         per_decade: steps to measure at in each factor of 10.
         kernel_samples: samples for the kernels.
         out: folder; a line for each measurement goes to ``measurements.jsonl``, the run's record to ``runs.jsonl``.
-            Lines are added to files that are there.
+            Lines are added to files that are there. Those of one monitor have one number, ``run``, counted from 1, and
+            its γ, rate and seed.
         tensorboard: a ``SummaryWriter``, or a folder to make one in.
         seed: of the run, for its record.
         start: steps taken before, by a run that goes on. Measurements and the record's curve count on from there; what
@@ -139,7 +146,7 @@ class Monitor:
         data: tuple[Inputs, Any],
         *,
         share: float | None = 0.05,
-        measures: Sequence[Measure] = ("sharpness", "ntk", "features"),
+        measures: Sequence[Measure] | None = None,
         per_decade: int = 6,
         kernel_samples: int = 64,
         out: str | Path | None = None,
@@ -153,18 +160,20 @@ class Monitor:
             raise UsageError(f"share={share:g} is no share of time; give 0 < share <= 1, or None for no limit")
         if isinstance(measures, str):
             raise UsageError(f"measures={measures!r} is one word; give a tuple: ({measures!r},)")
-        for measure in measures:
+        for measure in measures or ():
             one_of("measure", measure, get_args(Measure))
         at_least("per_decade", per_decade, 1), at_least("kernel_samples", kernel_samples, 2)
         self._start = at_least("start", start, 0)
         self.model, self.optimizer = getattr(model, "_orig_mod", model), optimizer
         self._loss, self._criterion = loss, loss_function(loss)
         (self._data,) = _one(data)
-        few = _few(self._data[0], kernel_samples), self._data[1][:kernel_samples]
-        self._few: tuple[Any, Tensor] = few
-        self._share, self._measures, self._factor = share, tuple(measures), 10.0 ** (1 / per_decade)
+        self._few = _few(self._data[0], kernel_samples), _of_samples(self._data[1], kernel_samples)
+        self._asked = measures is not None
+        self._measures = get_args(Measure) if measures is None else tuple(measures)
+        self._share, self._factor = share, 10.0 ** (1 / per_decade)
         self._seed, self._output, self._clock = seed, output, clock
         self._out = None if out is None else Path(out)
+        self._number: int | None = None  # of this run in its folder
         self._writer = _writer(tensorboard)
         self.measurements: list[Measurement] = []
         self.spent, self.step = 0.0, start
@@ -235,15 +244,23 @@ class Monitor:
         self.measurements.append(made)
         self._due = max(self.step + 1, math.ceil(self.step * self._factor))
         if self._out is not None:
-            with locked(self._out), open(self._out / "measurements.jsonl", "a", encoding="utf-8") as file:
-                file.write(made.to_json() + "\n")
+            self._write(made, self._out / "measurements.jsonl")
         if self._writer is not None:
             for name, value in made.numbers().items():
                 self._writer.add_scalar(f"gammaopt/{name}", value, self.step)
         return made
 
+    def _write(self, made: Measurement, path: Path) -> None:
+        with locked(path.parent):
+            if self._number is None:
+                self._number = 1 + _last_number(path)
+            whose = {"run": self._number, **self._run._asdict()}
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({**whose, **json.loads(made.to_json())}) + "\n")
+
     def _measured(self) -> Measurement:
-        loss, accuracy = self._score()
+        function = Function(self.model, self._output)
+        loss, accuracy = self._score(function)
         if not math.isfinite(loss):
             return Measurement(self.step, 0.0, loss, accuracy)
         found: dict[str, float | None] = {}
@@ -255,19 +272,30 @@ class Monitor:
                 scaled = sharpness(self.model, self._loss, self._data, optimizer=self.optimizer, **search)
                 found["sharpness_lr"] = scaled
         x, y = self._few
-        if "ntk" in self._measures:
+        measures = self._with_meaning(function)
+        if "ntk" in measures:
             kernel = ntk(self.model, x, **settings).cpu()
             self._first_kernel = kernel if self._first_kernel is None else self._first_kernel
-            found["alignment"] = _or_none(kernel_target_alignment, kernel, y.cpu())
-            found["kernel_kept"] = _or_none(centred_kernel_alignment, kernel, self._first_kernel)
-        if "features" in self._measures:
+            found["alignment"] = None if y is None else _aligned(kernel_target_alignment, kernel, y)
+            found["kernel_kept"] = _aligned(centred_kernel_alignment, kernel, self._first_kernel)
+        if "features" in measures:
             features = feature_kernel(self.model, x, **settings).cpu()
-            found["feature_alignment"] = _or_none(kernel_target_alignment, features, y.cpu())
+            found["feature_alignment"] = None if y is None else _aligned(kernel_target_alignment, features, y)
         return Measurement(self.step, 0.0, loss, accuracy, **found)
 
-    def _score(self) -> tuple[float, float | None]:
+    def _with_meaning(self, function: Function) -> tuple[str, ...]:
+        """What to measure of the model as it is now."""
+        if function.batch_norm is None:
+            return self._measures
+        if self._asked:
+            fix = "give measures=('sharpness',), which it has in training too"
+            for measure, what in (("ntk", "the NTK"), ("features", "a feature kernel")):
+                if measure in self._measures:
+                    function.refuse_batch_statistics(what, fix)
+        return tuple(measure for measure in self._measures if measure == "sharpness")
+
+    def _score(self, function: Function) -> tuple[float, float | None]:
         """Loss on the data, and accuracy for classes."""
-        function = Function(self.model, self._output)
         inputs, targets = self._data
         targets = function.to(targets)
         with undisturbed(function.device), torch.no_grad():
@@ -284,7 +312,7 @@ class Monitor:
         """
         if self._finished is not None:
             return self._finished
-        loss, accuracy = self._score()
+        loss, accuracy = self._score(Function(self.model, self._output))
         losses = torch.stack([value.double().cpu() for value in self._losses]) if self._losses else torch.empty(0)
         shares = torch.stack([value.double().cpu() for value in self._shares]) if self._shares else torch.empty(0)
         record = (
@@ -321,16 +349,24 @@ class Monitor:
         said = [f"step {last.step}"]
         if not math.isfinite(last.loss):
             return f"{said[0]}: diverged"
-        if last.kernel_kept is not None and last.step > first.step:
+        moved = first.loss - last.loss > MOVED * abs(first.loss)
+        if last.kernel_kept is not None and moved:  # before, a run of any γ has the kernel that it began with
             said.append(f"{'lazy' if last.kernel_kept > LAZY_KEPT else 'rich'} (kernel kept: {last.kernel_kept:.2f})")
-        if last.loss > 0.9 * first.loss:
+        if not (first.loss > 0 and math.isfinite(first.loss)):
+            said.append(f"the loss is {last.loss:.3g}, from {first.loss:.3g}")
+        elif moved:
+            said.append(f"the loss fell to {last.loss / first.loss:.2g} of its start")
+        elif last.loss > (1 + MOVED) * first.loss:
+            said.append(
+                f"the loss rose to {last.loss / first.loss:.2g} of its start: a catapult if it comes back, "
+                "or this rate is too large"
+            )
+        else:
             grown = (last.alignment or 0.0) - (first.alignment or 0.0)
             if last.alignment is not None and grown > 0.05:
                 said.append(f"on a plateau and aligning ({grown:+.2f}): wait")
             else:
                 said.append("the loss has not moved: at the start of a plateau, or stuck at this rate")
-        else:
-            said.append(f"the loss fell to {last.loss / first.loss:.2g} of its start")
         if last.sharpness_lr is not None:
             low, high = EDGE
             where = "below" if last.sharpness_lr < low else "at" if last.sharpness_lr <= high else "past"
@@ -346,12 +382,27 @@ def _without_losses(run: Run, steps: int, loss: float, accuracy: float) -> RunRe
     return dataclasses.replace(record, steps=steps, prequential_loss=None, prequential_accuracy=0.0, curve=empty)
 
 
-def _or_none(align: Callable[..., float], *arguments: Any) -> float | None:
-    """A kernel that is constant over the samples has no direction, which a run may well come to."""
+def _aligned(align: Callable[[Tensor, Tensor], float], kernel: Tensor, other: Tensor) -> float | None:
+    """``None`` for a kernel that is constant over the samples, which a run may well come to: it has no direction."""
     try:
-        return align(*arguments)
-    except UsageError:
+        return align(kernel, other)
+    except UsageError as error:
+        if "constant over the samples" not in str(error):
+            raise
         return None
+
+
+def _last_number(path: Path) -> int:
+    """The run of the last whole line that has one; 0 for a new file, and for lines of a version that counted none."""
+    if not path.exists():
+        return 0
+    number = 0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            number = max(number, int(json.loads(line)["run"]))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return number
 
 
 def _one(data: Any) -> list[tuple[Inputs, Any]]:
@@ -364,10 +415,19 @@ def _one(data: Any) -> list[tuple[Inputs, Any]]:
 def _few(inputs: Any, count: int) -> Any:
     """The first samples of the tensors in ``inputs``."""
     if isinstance(inputs, Tensor):
-        return inputs[:count]
-    if isinstance(inputs, dict):
+        return inputs[:count] if inputs.dim() else inputs
+    if isinstance(inputs, Mapping):
         return {key: _few(value, count) for key, value in inputs.items()}
-    return tuple(_few(value, count) for value in inputs) if isinstance(inputs, tuple) else inputs
+    return tuple(_few(value, count) for value in inputs) if isinstance(inputs, (tuple, list)) else inputs
+
+
+def _of_samples(targets: Any, count: int) -> Tensor | None:
+    """The first targets, where each sample has numbers or one class; else no kernel aligns with them."""
+    if not isinstance(targets, Tensor) or not targets.dim():
+        return None
+    if not targets.is_floating_point() and targets.numel() != len(targets):
+        return None
+    return targets[:count].cpu()
 
 
 def _writer(tensorboard: Any) -> Any:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import UserDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import gammaopt
 from gammaopt import UsageError
@@ -106,6 +107,104 @@ def test_sharpness_times_rate_is_in_units_of_the_edge(settings: dict[str, Any], 
     assert measured.sharpness_lr == expected
 
 
+def said(*measured: Measurement) -> str:
+    monitor = object.__new__(Monitor)
+    monitor.measurements = list(measured)
+    return monitor.verdict()
+
+
+def test_a_verdict_says_nothing_of_the_kernel_before_the_loss_moved() -> None:
+    torch.manual_seed(0)
+    model = gammaopt.wrap(MLP(6, 1, width=32), 100.0, depth=3, parametrization="mean_field")
+    optimizer = gammaopt.SGD(model.parameters(), lr=0.2)
+    monitor = Monitor(model, optimizer, "mse", (X, Y), share=None)
+    fit(model, optimizer, monitor, 5)
+    assert monitor.measure().kernel_kept == pytest.approx(1, abs=0.02)
+    assert "lazy" not in monitor.verdict()
+    assert "the loss has not moved" in monitor.verdict()
+
+
+def test_a_verdict_has_words_for_any_loss() -> None:
+    start = Measurement(0, 0.0, 1.0, kernel_kept=1.0)
+    assert said(start, Measurement(9, 0.0, 3.8, kernel_kept=0.5)) == (
+        "step 9; the loss rose to 3.8 of its start: a catapult if it comes back, or this rate is too large"
+    )
+    assert said(start, Measurement(9, 0.0, 0.5, kernel_kept=0.5)).startswith("step 9; rich (kernel kept: 0.50); ")
+    assert said(Measurement(0, 0.0, 0.0), Measurement(9, 0.0, 0.0)) == "step 9; the loss is 0, from 0"
+    assert said(Measurement(0, 0.0, -1.0), Measurement(9, 0.0, -2.0)) == "step 9; the loss is -2, from -1"
+
+
+def test_a_batch_norm_in_training_has_no_kernels_by_default() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    monitor = Monitor(net, optimizer, "mse", (X, Y), share=None)
+    fit(net, optimizer, monitor, 2)
+    for one in monitor.measurements:
+        assert set(one.numbers()) == {"seconds", "loss", "sharpness", "sharpness_lr"}
+    with pytest.raises(UsageError, match=r"'1' normalises .* its batch; give measures=\('sharpness',\)"):
+        Monitor(net, optimizer, "mse", (X, Y), measures=("sharpness", "features"))
+    net.eval()
+    assert monitor.measure().kernel_kept == pytest.approx(1)
+
+
+class Keyed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = MLP(6, 3, width=8)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        out: Tensor = self.net(x) * scale
+        return out
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict])
+def test_any_mapping_of_inputs_is_cut_to_its_first_samples(kind: Any) -> None:
+    torch.manual_seed(0)
+    net, y = Keyed(), torch.arange(32) % 3
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    inputs = kind({"x": X, "scale": torch.tensor(2.0)})
+    (one,) = Monitor(net, optimizer, "cross_entropy", (inputs, y), kernel_samples=8).measurements
+    few = {"x": X[:8], "scale": torch.tensor(2.0)}
+    assert one.alignment == pytest.approx(kernel_target_alignment(ntk(net, few), y[:8]))
+    assert one.feature_alignment is not None
+
+
+def test_targets_that_no_kernel_aligns_with_leave_that_out_and_other_mistakes_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = MLP(6, 3, width=8)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def loss(output: Tensor, targets: dict[str, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(output, targets["y"])
+
+    y = torch.arange(32) % 3
+    (one,) = Monitor(net, optimizer, loss, (X, {"y": y})).measurements
+    assert (one.alignment, one.feature_alignment) == (None, None)
+    assert one.kernel_kept == pytest.approx(1)
+    (one,) = Monitor(net, optimizer, "cross_entropy", (X, 0 * y)).measurements
+    assert one.alignment is None  # one class: constant over the samples
+    wrong = lambda *args, **settings: torch.eye(3, dtype=torch.float64)
+    monkeypatch.setattr("gammaopt.diagnostics._monitor.feature_kernel", wrong)
+    with pytest.raises(UsageError, match=r"kernels of shapes \(3, 3\) and \(32, 32\)"):
+        Monitor(net, optimizer, "cross_entropy", (X, y))
+
+
+def test_runs_in_one_folder_are_told_apart(tmp_path: Path) -> None:
+    net = MLP(6, 1, width=8)
+    (tmp_path / "measurements.jsonl").write_text(Measurement(0, 0.0, 1.0).to_json() + "\n")  # of an older version
+    for seed in (3, 3):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        monitor = Monitor(net, optimizer, "mse", (X, Y), share=None, measures=(), out=tmp_path, seed=seed)
+        fit(net, optimizer, monitor, 1)
+    lines = [json.loads(line) for line in (tmp_path / "measurements.jsonl").read_text().splitlines()]
+    assert [(line.get("run"), line.get("seed"), line["step"]) for line in lines] == [
+        (None, None, 0), (1, 3, 0), (1, 3, 1), (2, 3, 0), (2, 3, 1),
+    ]  # fmt: skip
+    assert [Measurement.from_dict(line) for line in lines[3:]] == monitor.measurements
+
+
 def test_the_share_of_time_is_kept_and_a_due_step_waits() -> None:
     """Each look at the clock is a second: a measurement takes one, a step one (it asks whether there is time)."""
     model, optimizer = fresh()
@@ -164,23 +263,23 @@ def test_classes_have_an_accuracy_and_a_writer_gets_the_numbers() -> None:
 
 
 def test_verdicts_tell_lazy_from_rich() -> None:
-    said = {}
+    told = {}
     for gamma, lr in ((0.05, 2.0), (30.0, 0.2)):
         torch.manual_seed(0)
         model = gammaopt.wrap(MLP(6, 1, width=32), gamma, depth=3, parametrization="mean_field")
         optimizer = gammaopt.SGD(model.parameters(), lr=lr)
         monitor = Monitor(model, optimizer, "mse", (X, Y), share=None)
-        said[gamma] = ""
+        told[gamma] = ""
         for _ in range(150):
             fit(model, optimizer, monitor, 1)
             if monitor.measurements[-1].step == monitor.step and "aligning" in monitor.verdict():
-                said[gamma] += "aligning "
+                told[gamma] += "aligning "
         monitor.measure()
-        said[gamma] += monitor.verdict()
-    assert "lazy (kernel kept" in said[0.05]
-    assert "aligning" not in said[0.05]
-    assert said[30.0].startswith("aligning")
-    assert "rich (kernel kept" in said[30.0]
+        told[gamma] += monitor.verdict()
+    assert "lazy (kernel kept" in told[0.05]
+    assert "aligning" not in told[0.05]
+    assert told[30.0].startswith("aligning")
+    assert "rich (kernel kept" in told[30.0]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,8 @@ def test_stable_edge_follows_the_law_over_three_decades(
     optimizer: Literal["sgd", "adam"], low: float, high: float
 ) -> None:
     layers = 3
-    recipe = Recipe(partial(MLP, 144, 10, width=32), Digits(), "mse", optimizer, steps=200, depth=float(layers))
+    # At γ = 1000 a run is on its plateau for long: in 200 steps only one seed in four leaves it below the edge.
+    recipe = Recipe(partial(MLP, 144, 10, width=32), Digits(), "mse", optimizer, steps=400, depth=float(layers))
     edges = [stable_edge(EdgeJob(recipe, gamma, 0, low, high)) for gamma in GAMMAS]
     measured, _ = slope([math.log10(gamma) for gamma in GAMMAS], edges)
     assert measured == pytest.approx((2 if optimizer == "sgd" else 1) / layers, abs=0.1)

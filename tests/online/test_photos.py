@@ -14,7 +14,7 @@ from torch import Tensor
 from gammaopt import UsageError
 from gammaopt.online import build_stream
 from gammaopt.online.streams import Photos, Split
-from gammaopt.online.streams._photos import DEFAULTS, MEAN, PHOTOGRAPHS, SIDE, STD, read, stripes
+from gammaopt.online.streams._photos import DEFAULTS, DIGESTS, MEAN, PHOTOGRAPHS, SIDE, STD, read, stripes
 
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 
@@ -156,8 +156,11 @@ def test_knobs_widen_what_they_name() -> None:
         ({"classes": 1}, "classes=1 is too small"),
         ({"scale": (2.0, 1.0)}, r"scale=\(2.0, 1.0\) must be two numbers, the lower first, between 1 and 2"),
         ({"scale": (1.0, 3.0)}, "between 1 and 2"),
-        ({"noise": -1.0}, "noise=-1 must be ≥ 0"),
-        ({"colour": math.nan}, "colour=nan must be ≥ 0"),
+        ({"scale": (1.0, 1.5, 2.0)}, r"scale=\(1.0, 1.5, 2.0\) must be two numbers"),
+        ({"scale": 1.5}, r"scale=1.5 must be two numbers"),
+        ({"noise": "0.1"}, "noise='0.1' is not a number; give a finite noise >= 0"),
+        ({"noise": -1.0}, "noise=-1 is not allowed; give a finite noise >= 0"),
+        ({"colour": math.nan}, "colour=nan is not allowed; give a finite colour >= 0"),
         ({"blur": 1.0}, "stream 'photos' has no knob 'blur'"),
     ],
 )
@@ -167,8 +170,21 @@ def test_a_mistake_names_the_value_and_the_fix(knobs: dict[str, object], message
 
 
 def test_other_knobs_are_in_the_name(photos: Photos) -> None:
-    assert photos.name == "photos"
+    assert photos.name == Photos(scale=[1.0, 2.0]).name == "photos"
     other = Photos(3, scale=(1.0, 1.25), noise=0.03, flip=False)
     assert other.name == "photos-classes=3-scale=1:1.25-noise=0.03-flip=False"
     signature = inspect.signature(Photos).parameters
     assert {name: signature[name].default for name in DEFAULTS} == DEFAULTS
+
+
+def test_pixels_are_pinned(photos: Photos) -> None:
+    pixels = photos.batches(7, 3, 4, 2)[0]
+    assert pixels[0, 0, :, 16, 16].tolist() == pytest.approx([-0.7305, -0.2440, -0.8899], abs=1e-3)
+
+
+def test_a_photograph_with_other_pixels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DIGESTS, "coffee.png", "0" * 16)
+    with pytest.raises(
+        UsageError, match=r"coffee\.png is another file than it was, with other pixels; reinstall skimage"
+    ):
+        Photos()

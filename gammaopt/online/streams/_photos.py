@@ -9,9 +9,10 @@ stripe, the pixels that its interpolation touches included, so no pixel is seen 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gammaopt._errors import MissingExtraError, UsageError, at_least, require
+from gammaopt._errors import MissingExtraError, UsageError, at_least, rate, require
 from gammaopt.online.streams import _random
 from gammaopt.online.streams._base import Generated, Split, with_knobs
 
@@ -36,6 +37,19 @@ PHOTOGRAPHS: Mapping[str, str] = {
     "motorcycle_left.png": "skimage/data",
     "retina.jpg": "skimage/data",
     "rocket.jpg": "skimage/data",
+}
+# The files' digests: other pixels would be another stream. Those of scikit-image 0.26.0 and scikit-learn 1.9.1.
+DIGESTS: dict[str, str] = {
+    "astronaut.png": "a41fb9fc4430bc43",
+    "chelsea.png": "b242d12cffeb47ef",
+    "china.jpg": "5cce2582febef99e",
+    "coffee.png": "0de6b6c7b31f06c0",
+    "flower.jpg": "6d229986ed40f90e",
+    "hubble_deep_field.jpg": "9bfbdb32763b88b6",
+    "ihc.png": "eaa50e99aee50e1d",
+    "motorcycle_left.png": "2744005b0fee9844",
+    "retina.jpg": "430a7692f6bf99ad",
+    "rocket.jpg": "88dc6609ac6e0fbd",
 }
 SIDE = 32
 SHORTER = 250  # photographs are shrunk by a whole factor to a shorter side of at least this
@@ -61,7 +75,9 @@ class Stripe(NamedTuple):
 
 
 class Photos(Generated):
-    """Endless stream of (3, 32, 32) float32 crops with about zero mean and unit variance, and int64 classes 0 … 9.
+    """Endless stream of (3, 32, 32) float32 crops and int64 classes 0 … 9.
+
+    At the default knobs each channel has about zero mean and unit variance; other knobs keep the same scale and shift.
 
     Args:
         classes: how many photographs, in alphabetical order, 2 … 10.
@@ -74,7 +90,7 @@ class Photos(Generated):
 
     Raises:
         MissingExtraError: if scikit-image, which has eight of them, is not installed.
-        UsageError: for a knob out of its range.
+        UsageError: for a knob out of its range, or a photograph that is not the file it was.
 
     Example:
         >>> x, y = Photos().batches(seed=0, start=0, stop=2, size=4)
@@ -88,7 +104,7 @@ class Photos(Generated):
         self,
         classes: int = 10,
         *,
-        scale: tuple[float, float] = (1.0, LARGEST),
+        scale: Sequence[float] = (1.0, LARGEST),
         colour: float = 0.3,
         brightness: float = 0.15,
         noise: float = 0.1,
@@ -96,13 +112,9 @@ class Photos(Generated):
     ) -> None:
         if at_least("classes", classes, 2) > len(PHOTOGRAPHS):
             raise UsageError(f"classes={classes} is more than there are photographs; give at most {len(PHOTOGRAPHS)}")
-        if not 1 <= scale[0] <= scale[1] <= LARGEST:
-            raise UsageError(f"scale={scale} must be two numbers, the lower first, between 1 and {LARGEST:g}")
-        for knob, value in {"colour": colour, "brightness": brightness, "noise": noise}.items():
-            if not 0 <= value < math.inf:
-                raise UsageError(f"{knob}={value:g} must be ≥ 0")
-        self.classes, self.scale, self.flip = classes, scale, flip
-        self.colour, self.brightness, self.noise = colour, brightness, noise
+        self.classes, self.scale, self.flip = classes, _range(scale), flip
+        self.colour, self.brightness = rate("colour", colour), rate("brightness", brightness)
+        self.noise = rate("noise", noise)
         knobs = {name: (getattr(self, name), default) for name, default in DEFAULTS.items()}
         self.name = with_knobs("photos", **knobs)
         photographs = [read(name) for name in list(PHOTOGRAPHS)[:classes]]
@@ -179,12 +191,23 @@ class Photos(Generated):
         return tall.view(3, count, SIDE, SIDE).transpose(0, 1)
 
 
+def _range(scale: Sequence[float]) -> tuple[float, float]:
+    """Smallest and largest side of a crop over 32 pixels."""
+    try:
+        low, high = map(float, scale)
+        if not 1 <= low <= high <= LARGEST:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise UsageError(f"scale={scale!r} must be two numbers, the lower first, between 1 and {LARGEST:g}") from None
+    return low, high
+
+
 def read(name: str) -> Tensor:
     """A photograph as (3, height, width) float32 from 0 to 1, shrunk by a whole factor; never downloaded.
 
     Raises:
         MissingExtraError: if its package, or the one that decodes it, is not installed.
-        UsageError: if this version of its package has no such file.
+        UsageError: if this version of its package has no such file, or another one.
     """
     package, _, folder = PHOTOGRAPHS[name].partition("/")
     image_file = require("PIL.Image", "vision")
@@ -197,6 +220,10 @@ def read(name: str) -> Tensor:
     path = Path(found.submodule_search_locations[0]) / folder / name
     if not path.exists():
         raise UsageError(f"{path} is not there: this version of {package} does not carry it; install a newer one")
+    if hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest() != DIGESTS[name]:
+        raise UsageError(
+            f"{path} is another file than it was, with other pixels; reinstall {package}, or another version"
+        )
     with image_file.open(path) as image:
         shrunk = image.convert("RGB").reduce(max(1, min(image.size) // SHORTER))
     return torch.from_numpy(np.asarray(shrunk).copy()).permute(2, 0, 1).float() / 255

@@ -135,6 +135,16 @@ def test_the_first_numbers_are_pinned() -> None:
     assert Hermite(2).batches(0, 0, 1, 1)[0].flatten().tolist() == [-0.4959801137447357, -1.2705579996109009]
 
 
+def test_the_first_targets_are_pinned() -> None:
+    # In float64 and rounded once; the order in which a product is summed may cost its last bits.
+    pinned = [0.06640391796827316, 0.04492167383432388, 0.019577279686927795, -0.2380390614271164]
+    assert Hermite(12, MULTI).batches(5, 0, 1, 4)[1][0].tolist() == pytest.approx(pinned, rel=1e-6)
+    pinned = [0.03709826618432999, -0.4495870769023895, -0.44767218828201294, -1.0307759046554565]
+    assert Teacher((12,), 0, width=8).batches(5, 0, 1, 4)[1][0].tolist() == pytest.approx(pinned, rel=1e-6)
+    classes = Teacher((3, 8, 8), 4, network="cnn", width=4, depth=3).batches(5, 0, 1, 8)[1]
+    assert classes[0].tolist() == [0, 1, 1, 3, 2, 2, 2, 1]
+
+
 def test_real_images_come_in_the_same_order_and_place_on_every_machine() -> None:
     digits, labels = Digits().batches(7, 3, 4, 8)
     assert labels[0].tolist() == [0, 2, 4, 0, 2, 7, 9, 3]
@@ -234,6 +244,8 @@ def test_every_stream_is_built_by_its_name(name: str) -> None:
         (lambda: Hermite(4, ((-1,),)), "degree of a monomial=-1 is too small"),
         (lambda: Hermite(4, classes=3), "classes=3 must be 0 for the target itself, or 2 for its sign"),
         (lambda: Teacher((4,), width=1, depth=9), r"says the same to every input \(width=1, depth=9, draw=0"),
+        (lambda: Teacher(8), r"shape=8 is no shape; give a tuple, such as \(32,\)"),  # type: ignore[arg-type]
+        (lambda: Hermite(8, (2,)), r"monomials=\(2,\) must be lists of degrees"),  # type: ignore[arg-type]
         (lambda: Teacher((8,), 1), "classes=1 leaves nothing to tell apart"),
         (lambda: Teacher((8,), network="cnn"), r"shape=\(8,\) is no image"),
         (lambda: build_stream("parity", degre=2), "stream 'parity' has no knob 'degre'; it has: bits, degree"),

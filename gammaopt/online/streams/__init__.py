@@ -1,7 +1,8 @@
 """Streams of fresh samples: stateless, so that resuming and pairing runs cost nothing.
 
-``batch(seed, step)`` always gives the same samples, whatever was asked before; two runs with the same seed see the
-same batches, and no sample is ever repeated within a seed.
+A batch of (seed, step) always has the same samples, whatever was asked before, so two runs with the same seed see the
+same batches. Within a seed no stored sample comes twice; made ones are drawn independently, which comes to the same but
+for vectors of few bits (``Parity``, ``Staircase``).
 """
 
 from gammaopt.online.streams._base import Batches as Batches

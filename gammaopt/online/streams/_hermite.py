@@ -51,6 +51,10 @@ class Hermite(Generated):
         if classes not in (0, 2):
             raise UsageError(f"classes={classes} must be 0 for the target itself, or 2 for its sign")
         self.classes = classes
+        if not isinstance(monomials, Sequence) or not all(isinstance(monomial, Sequence) for monomial in monomials):
+            raise UsageError(
+                f"monomials={monomials!r} must be lists of degrees, one for each; give e.g. ((2,), (1, 1))"
+            )
         self.monomials = tuple(_trimmed(monomial) for monomial in monomials)
         if not self.monomials or len(set(self.monomials)) < len(self.monomials):
             raise UsageError(f"monomials={monomials} must be one or more, all different")

@@ -18,7 +18,8 @@ from gammaopt.online.streams._base import Generated, Split
 class Parity(Generated):
     """Infinite stream of ±1 vectors (float32) and int64 classes: 1 where the first ``degree`` bits multiply to +1.
 
-    Training and held-out samples come from the same distribution with independent draws.
+    Training and held-out samples come from the same distribution with independent draws, so of 2^``bits`` patterns the
+    same one may come again, and in both splits: often where there are few.
 
     Args:
         bits: length of the input, ≥ 1.

@@ -18,7 +18,8 @@ from gammaopt.online.streams._base import Generated, Split
 class Staircase(Generated):
     """Infinite stream of ±1 vectors (float32) and one float target with mean 0 and variance 1.
 
-    Training and held-out samples come from the same distribution with independent draws.
+    Training and held-out samples come from the same distribution with independent draws; few bits repeat, see
+    :class:`Parity`.
 
     Args:
         bits: length of the input, ≥ 1.

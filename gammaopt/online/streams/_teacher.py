@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Literal, Self, get_args
 
 import torch
@@ -50,7 +51,7 @@ class Teacher(Generated):
 
     def __init__(
         self,
-        shape: tuple[int, ...] = (32,),
+        shape: Sequence[int] = (32,),
         classes: int = 0,
         *,
         network: Network = "mlp",
@@ -61,13 +62,16 @@ class Teacher(Generated):
         one_of("network", network, get_args(Network))
         if at_least("classes", classes, 0) == 1:
             raise UsageError("classes=1 leaves nothing to tell apart; give 0 for a float target, or at least 2")
+        if not isinstance(shape, Sequence):
+            raise UsageError(f"shape={shape!r} is no shape; give a tuple, such as (32,)")
         for side in shape:
             at_least("side of shape", side, 1)
         if network == "cnn" and len(shape) != 3:
             raise UsageError(f"shape={shape} is no image; give (channels, height, width), or network='mlp'")
-        name = f"teacher-{network}-{'x'.join(map(str, shape))}-{classes}"
-        self.name = with_knobs(name, width=(width, 32), depth=(depth, 3), draw=(draw, 0))
-        self.shape, self.classes = tuple(shape), classes
+        plain = f"teacher-{network}-{'x'.join(map(str, shape))}-{classes}"
+        self.name = with_knobs(plain, width=(width, 32), depth=(depth, 3), draw=(draw, 0))
+        self.shape: tuple[int, ...] = tuple(shape)
+        self.classes = classes
         outputs = classes or 1
         with torch.device("meta"):
             made: nn.Module = (

@@ -1,7 +1,8 @@
 """``gammaopt data check``: what a folder of images holds, and everything that is wrong with it.
 
 Every part and every image is looked at, however many are broken, and nothing is converted or written. Unless told to be
-fast, each byte is read: a zip's checksums and an image's decoder then say whether it is what it was.
+fast, each byte is read: a zip's checksums, an image's decoder and the range of floats then say whether it is sound.
+What the stream would refuse is a problem, and the numbers told are those of its pass over what is sound.
 """
 
 from __future__ import annotations
@@ -17,18 +18,21 @@ import numpy as np
 from gammaopt._errors import UsageError
 from gammaopt.online.streams._convert import Converted, Lines
 from gammaopt.online.streams._layouts import (
-    CIFAR,
+    CIFAR_CLASSES,
+    MNIST_CLASSES,
     PARTS,
+    SIDE,
     Files,
     classes_of,
     decode,
+    gray_scale,
     imagefolder_files,
     parts,
     recognise,
     tinyimagenet_files,
 )
 from gammaopt.online.streams._mapped import Member
-from gammaopt.online.streams._stored import HELD_OUT
+from gammaopt.online.streams._stored import order_of
 from gammaopt.online.streams._user import from_torchvision
 
 OnProgress = Callable[[Converted], object]
@@ -50,6 +54,7 @@ class Checked:
     layout: str
     classes: int = 10
     images: int = 0
+    train: int = 0
     held: int | None = None
     labels: Counter[int] = field(default_factory=Counter)
     files: list[str] = field(default_factory=list)
@@ -58,9 +63,8 @@ class Checked:
     def __str__(self) -> str:
         lines = [f"{self.path}: {TITLES[self.layout]} (stream {self.stream!r})", *self.files]
         if self.images:
-            held = min(HELD_OUT, self.images // 10) if self.held is None else self.held
-            rest = self.images - (held if self.held is None else 0)
-            lines.append(f"{self.images:,} sound images: one pass shows {rest:,}, {held:,} are held out")
+            of_pass = f": one pass shows {self.train:,}, {self.held:,} are held out" if self.train else ""
+            lines.append(f"{self.images:,} sound images{of_pass}")
         if self.labels:
             shares = [self.labels[label] / self.labels.total() for label in range(self.classes)]
             lines.append(
@@ -93,6 +97,19 @@ def check_folder(path: Path, *, fast: bool, on_progress: OnProgress) -> Checked:
     return checked
 
 
+def _split(checked: Checked, one: int) -> None:
+    """How many of the sound images, each of ``one`` bytes, the stream shows in a pass and holds out."""
+    if checked.held is not None:
+        checked.train = checked.images
+    elif checked.images:
+        try:
+            order = order_of(checked.stream, checked.images, one)
+        except UsageError as error:
+            checked.problems.append(str(error))
+        else:
+            checked.train, checked.held = order.train, order.images - order.train
+
+
 def _check_parts(checked: Checked, fast: bool, on_progress: OnProgress) -> None:
     try:
         found = parts(checked.path, checked.layout)
@@ -104,11 +121,18 @@ def _check_parts(checked: Checked, fast: bool, on_progress: OnProgress) -> None:
         told = ", ".join(map(str, missing))
         checked.problems.append(f"there are parts up to {max(found)}, but not {told}; get them, or leave them out")
     members_of = PARTS[checked.layout][2]
+    classes = CIFAR_CLASSES if checked.layout == "cifar5m" else MNIST_CLASSES
+    one = 0
     for number, file in found.items():
         try:
             images, labels = members_of(checked.path, number, file)
             values = np.frombuffer(b"".join(labels.pieces()), labels.dtype)
-            classes = classes_of(values.reshape(labels.shape), images.shape[0], str(labels), len(CIFAR))
+            found_labels = classes_of(
+                values.reshape(labels.shape, order="F" if labels.fortran else "C"),
+                images.shape[0],
+                str(labels),
+                len(classes),
+            )
             if not fast:
                 _read(images, on_progress)
         except UsageError as error:
@@ -117,14 +141,25 @@ def _check_parts(checked: Checked, fast: bool, on_progress: OnProgress) -> None:
         how = "mapped in place" if images.offset is not None and images.dtype == np.uint8 else "converted at first use"
         checked.files.append(f"  {file.name}: {images.shape[0]:,} images, {images.length / 1e6:,.1f} MB, {how}")
         checked.images += images.shape[0]
-        checked.labels.update(classes.tolist())
+        checked.labels.update(found_labels.tolist())
+        one = int(np.prod(images.shape[1:]))
+    _split(checked, one)
 
 
 def _read(member: Member, on_progress: OnProgress) -> None:
+    """Read every byte, and of numbers that the stream must convert the range."""
     done = 0
-    for piece in member.pieces():
-        done += len(piece)
+
+    def more(count: int) -> None:
+        nonlocal done
+        done += count
         on_progress(Converted(str(member.path.name), done, member.length))
+
+    if member.dtype != np.uint8:
+        gray_scale(member, more)
+    else:
+        for piece in member.pieces():
+            more(len(piece))
 
 
 def _check_torchvision(checked: Checked) -> None:
@@ -133,7 +168,7 @@ def _check_torchvision(checked: Checked) -> None:
     except UsageError as error:
         checked.problems.append(str(error))
         return
-    checked.images = stream.train_samples
+    checked.images = checked.train = stream.train_samples
     checked.held = stream.held_samples
     checked.labels.update(stream.labels.tolist())
 
@@ -146,28 +181,32 @@ def _check_files(checked: Checked, fast: bool, on_progress: OnProgress) -> None:
         checked.problems.append(str(error))
         return
     checked.classes = len(train)
-    bad = 0 if fast else _decode_all(checked, train, held or {}, on_progress)
-    checked.images = sum(map(len, train.values())) - bad
+    total = sum(map(len, train.values()))
+    if not fast:
+        _keep_sound(checked, [train, held or {}], on_progress)
+    checked.images = sum(map(len, train.values()))
     checked.held = None if held is None else sum(map(len, held.values()))
     for label, name in enumerate(sorted(train)):
         checked.labels[label] = len(train[name])
-    checked.files.append(f"  {sum(map(len, train.values())):,} files for training, decoded at first use")
+    checked.files.append(f"  {total:,} files for training, decoded at first use")
+    _split(checked, 3 * SIDE**2)
 
 
-def _decode_all(checked: Checked, train: Files, held: Files, on_progress: OnProgress) -> int:
-    """How many training images are broken; adds them to the problems."""
-    files = [(file, part is train) for part in (train, held) for own in part.values() for file in own]
-    total = sum(file.stat().st_size for file, _ in files)
-    done = bad = 0
-    for file, of_train in files:
-        try:
-            decode(file, 1)
-        except UsageError as error:
-            checked.problems.append(str(error))
-            bad += of_train
-        done += file.stat().st_size
-        on_progress(Converted(checked.path.name, done, total))
-    return bad
+def _keep_sound(checked: Checked, splits: list[Files], on_progress: OnProgress) -> None:
+    """Decode every file, and take the broken ones out of their lists and into the problems."""
+    total = sum(file.stat().st_size for split in splits for own in split.values() for file in own)
+    done = 0
+    for split in splits:
+        for name, own in split.items():
+            split[name] = []
+            for file in own:
+                try:
+                    decode(file, 1)
+                    split[name].append(file)
+                except UsageError as error:
+                    checked.problems.append(str(error))
+                done += file.stat().st_size
+                on_progress(Converted(checked.path.name, done, total))
 
 
 @contextmanager

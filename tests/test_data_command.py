@@ -16,6 +16,8 @@ from PIL import Image
 
 from gammaopt import UsageError
 from gammaopt._data_command import Checked, check_folder
+from gammaopt.online.streams import cifar5m, mnist1m
+from gammaopt.online.streams._stored import order_of
 
 N = 50
 
@@ -85,11 +87,11 @@ def test_whatever_few_bytes_are_changed_the_check_ends_and_names_the_file(tmp_pa
     draw = np.random.default_rng(0)
     name = "MNIST_images_0.npy" if form == "mnist" else "part0.npz"
     if form == "mnist":
-        np.save(tmp_path / name, np.zeros((2, 28, 28), np.uint8))
-        np.save(tmp_path / "MNIST_labels_0.npy", np.arange(2))
+        np.save(tmp_path / name, np.zeros((10, 28, 28), np.uint8))
+        np.save(tmp_path / "MNIST_labels_0.npy", np.arange(10))
     else:
         save = np.savez if form == "stored" else np.savez_compressed
-        save(tmp_path / name, X=np.zeros((2, 32, 32, 3), np.uint8), Y=np.arange(2))
+        save(tmp_path / name, X=np.zeros((10, 32, 32, 3), np.uint8), Y=np.arange(10))
     content = (tmp_path / name).read_bytes()
     ends = [*range(min(200, len(content))), *range(max(0, len(content) - 700), len(content))]  # headers, directory
     found = 0
@@ -164,6 +166,65 @@ def test_image_files(tmp_path: Path) -> None:
     assert "2.png (0 bytes) can't be decoded" in made.problems[0]
     assert made.images == 18
     assert checked(tmp_path, fast=True).problems == []
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize(
+    ("images", "problem"),
+    [
+        (np.linspace(-2, 2, 20 * 784), "has pixels from -2 to 2, neither −1 … 1, 0 … 1 nor 0 … 255"),
+        (np.full(20 * 784, np.nan), "has pixels that are no numbers"),
+        (np.zeros(20 * 784, bool), "is bool; MNIST-1M has uint8, or floats from 0 to 1"),
+    ],
+    ids=["standardised", "nan", "bool"],
+)
+def test_images_that_the_stream_refuses_are_a_problem(
+    tmp_path: Path, images: np.ndarray, problem: str, save: Callable[..., None]
+) -> None:
+    save(tmp_path / "MNIST_images_0.npz", images.reshape(20, 28, 28))
+    np.save(tmp_path / "MNIST_labels_0.npy", np.arange(20) % 10)
+    with pytest.raises(UsageError, match=problem):
+        mnist1m(tmp_path, cache=tmp_path.with_name(f"{tmp_path.name}-cache"), on_progress=lambda _: None)
+    made = checked(tmp_path)
+    (told,) = made.problems
+    assert problem in told
+    assert made.images == 0
+
+
+def test_too_few_images_are_a_problem(tmp_path: Path) -> None:
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / name / f"{i}.png")
+    made = checked(tmp_path)
+    assert made.problems == [
+        "imagefolder has 8 images, too few to hold a tenth of them out; give more, or held_out= how many"
+    ]
+    assert "8 sound images" in str(made)
+    assert "0 are held out" not in str(made)
+
+
+def test_the_numbers_of_a_pass_are_those_of_the_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert order_of("cifar5m", 6_000_000, 3072).train == 6_000_000 - 10_112  # whole blocks
+    monkeypatch.setattr("gammaopt.online.streams._stored.SCATTERED", 0)
+    monkeypatch.setattr("gammaopt.online.streams._stored.BLOCK", 4)
+    cifar(tmp_path)
+    stream = cifar5m(tmp_path)
+    assert (stream.train_samples, stream.held_samples) == (132, 18)
+    assert "150 sound images: one pass shows 132, 18 are held out" in str(checked(tmp_path))
+
+
+def test_a_broken_image_of_a_held_out_part_is_not_counted(tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("val", 2)):
+        for name in ("ant", "bee"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / split / name / f"{i}.png")
+    (tmp_path / "val" / "ant" / "0.png").write_bytes(b"no image")
+    (tmp_path / "train" / "bee" / "1.png").write_bytes(b"no image")
+    text = str(checked(tmp_path))
+    assert "5 sound images: one pass shows 5, 3 are held out" in text
+    assert "2 classes, from 40.00 % to 60.00 % of images" in text
 
 
 def test_a_folder_of_something_else_is_one_line() -> None:

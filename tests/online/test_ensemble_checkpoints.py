@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_runs import RECIPE, RUNS, assert_same, build
@@ -26,6 +27,7 @@ from gammaopt.online import (
 )
 from gammaopt.online import _stack as stack_module
 from gammaopt.online._traces import Traces
+from gammaopt.online.streams import cifar5m
 from gammaopt.online.train import OptimizerName
 
 pytest_plugins = ["ensemble_fixtures"]
@@ -126,6 +128,23 @@ def test_a_checkpoint_of_the_same_runs_but_another_network_law_or_budgets_is_not
     told: list[ensemble.Progress] = []
     again = train_many(other, RUNS[:2], budgets=budgets, checkpoint=path, on_progress=told.append)
     assert again == train_many(other, RUNS[:2], budgets=budgets)
+    assert told[-1].restored == 0
+
+
+def test_a_checkpoint_of_a_folder_that_has_changed_is_not_used(
+    tmp_path: Path, look_every: Callable[[int], None]
+) -> None:
+    look_every(4)
+    draw, labels = np.random.default_rng(0), np.arange(200) % 10
+
+    def recipe() -> Recipe:
+        np.savez(tmp_path / "part0.npz", X=draw.integers(0, 256, (200, 32, 32, 3), dtype=np.uint8), Y=labels)
+        build = partial(MLP, 3072, 10, width=8)
+        return Recipe(build, cifar5m(tmp_path), steps=20, batch_size=8, depth=3.0, dtype=torch.float64)
+
+    stopped(recipe(), RUNS[:2], path := tmp_path / "stack.pt")
+    told: list[ensemble.Progress] = []
+    train_many(recipe(), RUNS[:2], checkpoint=path, on_progress=told.append)
     assert told[-1].restored == 0
 
 

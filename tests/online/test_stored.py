@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ from gammaopt.online.streams import (
     Batches,
     FromDataset,
     FromIterable,
+    Parity,
     Shard,
     Stored,
     cifar5m,
@@ -75,6 +77,11 @@ def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
     return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
+def plain_name(path: Path | str) -> str:
+    """A cache file's name without the digest of its source."""
+    return re.sub(r"\.[0-9a-f]{16}(?=\.npy)", "", Path(path).name)
+
+
 def quiet(_: Converted) -> None:
     pass
 
@@ -100,12 +107,8 @@ def is_whole(stream: Stored, count: int) -> None:
 def test_cifar_5m_in_each_form(tmp_path: Path, name: str, save: Save) -> None:
     told: list[Converted] = []
     stream = cifar5m(write_cifar(tmp_path / "data", save, name), held_out=20, on_progress=told.append)
-    assert (stream.name, stream.shape, stream.classes, stream.train_samples) == (
-        "cifar5m-held_out=20",
-        (3, 32, 32),
-        10,
-        100,
-    )
+    assert (stream.shape, stream.classes, stream.train_samples) == ((3, 32, 32), 10, 100)
+    assert stream.name == "cifar5m-a7d240f0-held_out=20", "in each form the same, and on each machine"
     is_whole(stream, 2 * PART)
     cache = tmp_path / "data" / ".gammaopt"
     if save is np.savez:
@@ -116,7 +119,7 @@ def test_cifar_5m_in_each_form(tmp_path: Path, name: str, save: Save) -> None:
     manifest = json.loads((cache / "manifest.json").read_text())
     assert len(manifest) == 4
     assert {entry["bytes"] for key, entry in manifest.items() if ".X." in key} == {
-        next(cache.glob("*.X.npy")).stat().st_size
+        next(cache.glob("*.X.*.npy")).stat().st_size
     }
     assert told[-1].done == told[-1].total
     told.clear()
@@ -179,6 +182,16 @@ def test_floats_of_no_known_range_are_refused(tmp_path: Path, low: float, high: 
     with pytest.raises(UsageError, match=message):
         mnist1m(write_floats(tmp_path, pixels), on_progress=quiet)
     assert not list(tmp_path.rglob("*.uint8.npy*"))
+
+
+def test_compressed_floats_leave_no_float_array_beside_them(tmp_path: Path) -> None:
+    pixels = pictures(1, (28, 28))[0]
+    np.savez_compressed(tmp_path / "MNIST_images_0.npz", np.asfortranarray(pixels / np.float32(255)))
+    np.save(tmp_path / "MNIST_labels_0.npy", labels_of(0))
+    is_whole(mnist1m(tmp_path, held_out=20, on_progress=quiet), PART)
+    cached = list((tmp_path / ".gammaopt").glob("*.npy"))
+    assert [plain_name(path) for path in cached] == ["MNIST_images_0.uint8.npy"]
+    assert cached[0].stat().st_size < 1.1 * pixels.size
 
 
 def test_a_compressed_array_in_fortran_order_is_the_same_images(tmp_path: Path) -> None:
@@ -341,8 +354,10 @@ def test_damage_inside_a_compressed_member_is_told_by_bytes_and_nothing_half_con
     with pytest.raises(DamagedFileError, match=rf"part1\.npz:X is damaged after [\d,]+ of {total:,} bytes"):
         cifar5m(tmp_path, on_progress=quiet)
     cache = tmp_path / ".gammaopt"
-    assert sorted(path.name for path in cache.iterdir()) == ["lock", "manifest.json", "part0.X.npy", "part0.Y.npy"]
-    assert set(json.loads((cache / "manifest.json").read_text())) == {"part0.X.npy", "part0.Y.npy"}
+    assert sorted(map(plain_name, cache.iterdir())) == ["lock", "manifest.json", "part0.X.npy", "part0.Y.npy"]
+    assert {plain_name(name) for name in json.loads((cache / "manifest.json").read_text())} == {
+        "part0.X.npy", "part0.Y.npy"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("end", [".png", ".jpg"])
@@ -362,13 +377,13 @@ def test_a_killed_conversion_is_begun_anew_and_its_remains_are_swept(tmp_path: P
     script = (
         "import os, signal, sys\nfrom gammaopt.online.streams import cifar5m\n"
         "def die(progress):\n"
-        "    if progress.what == 'part1.X.npy': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if progress.what.startswith('part1.X.'): os.kill(os.getpid(), signal.SIGKILL)\n"
         "cifar5m(sys.argv[1], on_progress=die)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(folder)], check=False)
     assert done.returncode == -9
     cache = folder / ".gammaopt"
-    assert [path.name for path in cache.glob("*.partial")] == ["part1.X.npy.partial"]
+    assert [plain_name(path) for path in cache.glob("*.partial")] == ["part1.X.npy.partial"]
     is_whole(cifar5m(folder, held_out=20, on_progress=quiet), 2 * PART)
     assert not list(cache.glob("*.partial"))
 
@@ -376,15 +391,15 @@ def test_a_killed_conversion_is_begun_anew_and_its_remains_are_swept(tmp_path: P
 def test_a_changed_source_or_a_damaged_cache_is_converted_again(tmp_path: Path) -> None:
     folder = write_cifar(tmp_path, np.savez_compressed)
     cifar5m(folder, on_progress=quiet)
-    array = folder / ".gammaopt" / "part0.X.npy"
+    array = next((folder / ".gammaopt").glob("part0.X.*.npy"))
     array.write_bytes(array.read_bytes()[:-7])
     told: list[Converted] = []
     is_whole(cifar5m(folder, held_out=20, on_progress=told.append), 2 * PART)
-    assert {progress.what for progress in told} == {"part0.X.npy"}
+    assert {plain_name(progress.what) for progress in told} == {"part0.X.npy"}
     np.savez_compressed(folder / "part1.npz", X=pictures(2)[1][::-1], Y=labels_of(1)[::-1])
     told.clear()
     is_whole(cifar5m(folder, held_out=20, on_progress=told.append), 2 * PART)
-    assert {progress.what for progress in told} == {"part1.X.npy", "part1.Y.npy"}
+    assert {plain_name(progress.what) for progress in told} == {"part1.X.npy", "part1.Y.npy"}
 
 
 def test_of_two_that_want_the_same_array_one_makes_it(tmp_path: Path) -> None:
@@ -397,7 +412,7 @@ def test_of_two_that_want_the_same_array_one_makes_it(tmp_path: Path) -> None:
         yield bytes(100)
 
     def use() -> None:
-        Cache(tmp_path, quiet).array("a.npy", (100,), np.dtype(np.uint8), "v1", pieces)
+        Cache(tmp_path, quiet).array("a", (100,), np.dtype(np.uint8), tmp_path / "b", "v1", pieces)
 
     threads = [threading.Thread(target=use) for _ in range(4)]
     for thread in threads:
@@ -462,7 +477,7 @@ def bad_folders(folder: Path) -> dict[str, Callable[[], object]]:
         r"part0\.npz:X holds Python objects": objects,
         r"MNIST_images_0\.npz has no labels beside it; put MNIST_labels_0\.npy or MNIST_labels_0\.npz\.npy": no_labels,
         r"has images of 1 classes": one_class,
-        r"cifar5m has 120 images; held_out=500 of them leaves none": all_held,
+        r"cifar5m-\w+ has 120 images; held_out=500 of them leaves none": all_held,
         r"empty holds nothing, none of the known layouts": lambda: imagefolder(_made(folder / "empty")),
         r"nowhere is not there; give the folder": lambda: cifar5m(folder / "nowhere"),
         r"has no part0\.npz … or cifar5m_part0\.npz": lambda: cifar5m(_made(folder / "empty")),
@@ -604,6 +619,58 @@ def test_the_next_chunk_is_asked_of_the_disk_ahead(folder: Path, monkeypatch: py
     assert len(asked) == 2, "nothing comes after the end of the pass"
 
 
+def test_a_process_asks_the_disk_for_its_own_next_batches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = cifar5m(folder, held_out=20)
+    asked: list[list[int]] = []
+    monkeypatch.setattr("gammaopt.online.streams._stored._read_ahead", lambda _, index: asked.append(index.tolist()))
+    shares = [Shard(stream, rank, 4) for rank in range(4)]
+    for share in shares:
+        share.batches(0, 0, 1, 5)
+        ahead = asked[:2]  # of either part
+        asked.clear()
+        share.batches(0, 1, 2, 5)
+        assert ahead == asked[2:], share.rank
+        asked.clear()
+
+
+def test_a_folder_is_known_by_what_is_in_it(tmp_path: Path) -> None:
+    for name in "ab":
+        write_images(tmp_path / name, ["ant", "bee"], 10)
+    first = next((tmp_path / "b").rglob("*.png"))
+    names = [imagefolder(tmp_path / name, side=16, on_progress=quiet).name for name in "ab"]
+    assert names[0] == names[1], "wherever it lies"
+    assert re.fullmatch(r"imagefolder-[0-9a-f]{8}-side=16", names[0])
+    first.write_bytes(first.read_bytes() + b"more")
+    names += [imagefolder(tmp_path / "b", side=side, on_progress=quiet).name for side in (16, 20)]
+    assert len(set(names)) == 3
+    (tmp_path / "c").mkdir()
+    stored = []
+    for images, labels in [
+        (pictures(1)[0], labels_of(0)),
+        (255 - pictures(1)[0], labels_of(0)),
+        (pictures(1)[0], labels_of(1)[::-1]),
+    ]:
+        np.savez(tmp_path / "c" / "part0.npz", X=images, Y=labels)
+        stored.append(cifar5m(tmp_path / "c").name)
+    assert len(set(stored)) == 3
+
+
+def test_a_shared_cache_keeps_data_sets_apart(tmp_path: Path) -> None:
+    when = 10**18
+    for name, value in (("a", 15), ("b", 200)):
+        for label in ("ant", "bee"):
+            (tmp_path / name / label).mkdir(parents=True)
+            for i in range(10):
+                file = tmp_path / name / label / f"{i}.ppm"
+                Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(file)
+                os.utime(file, ns=(when, when))  # the same names, sizes and times
+    first = imagefolder(tmp_path / "a", side=8, cache=tmp_path / "cache", on_progress=quiet)
+    second = imagefolder(tmp_path / "b", side=8, cache=tmp_path / "cache", on_progress=quiet)
+    assert first.pixels(0, 0, 1, 4)[0].unique().tolist() == [15]
+    assert second.pixels(0, 0, 1, 4)[0].unique().tolist() == [200]
+    assert len(list((tmp_path / "cache").glob("train-8.*.npy"))) == 2
+
+
 def test_blocks_give_whole_passes_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gammaopt.online.streams._stored.SCATTERED", 0)
     monkeypatch.setattr("gammaopt.online.streams._stored.BLOCK", 4)
@@ -621,15 +688,19 @@ def test_pixels_have_zero_mean_and_unit_variance_and_classes_are_even(folder: Pa
 @pytest.mark.parametrize("resident", [3072 * 50, 3072 * 61 + 5, 10**9])
 def test_what_is_kept_on_the_device_changes_no_batch(folder: Path, resident: int) -> None:
     plain, kept = cifar5m(folder), cifar5m(folder, resident=resident)
-    assert len(kept._kept) == min(2 * PART, resident // 3072)
+    assert vars(kept)["_kept"] is None, "nothing is kept ahead of the first batch, on whichever device it is asked"
     assert same(kept.batches(2, 0, 10, 7), plain.batches(2, 0, 10, 7))
+    assert len(vars(kept)["_kept"]) == min(2 * PART, resident // 3072)
+    sent = pickle.dumps(kept)
+    assert len(sent) < 20_000, "what is kept is not sent"
+    assert same(pickle.loads(sent).batches(2, 0, 10, 7), plain.batches(2, 0, 10, 7))
     assert same(kept.batches(2, 0, 2, 7, "held_out"), plain.batches(2, 0, 2, 7, "held_out"))
     assert same(kept.to("cpu").batches(2, 0, 10, 7), plain.batches(2, 0, 10, 7))
 
 
 def test_the_end_of_the_pass_is_an_error_before_the_first_step(folder: Path) -> None:
     stream = cifar5m(folder, held_out=20)
-    message = "cifar5m-held_out=20 has 100 training samples, 14 batches of 7; steps=15 is more than one pass"
+    message = r"cifar5m-\w+-held_out=20 has 100 training samples, 14 batches of 7; steps=15 is more than one pass"
     with pytest.raises(UsageError, match=message):
         stream.batches(0, 14, 15, 7)
     with pytest.raises(UsageError, match=message):
@@ -705,7 +776,7 @@ def test_shares_together_are_the_whole_stream(folder: Path) -> None:
     # 108 samples are 27 batches of 4: of two processes one would have 14 and wait for the other, which has 13.
     for rank in range(2):
         assert Shard(stream, rank, 2).batches(0, 12, 13, 4)[1].shape == (1, 4)
-        message = "cifar5m has 108 training samples, 13 batches of 4 for each of 2 processes; steps=14 is more"
+        message = r"cifar5m-\w+ has 108 training samples, 13 batches of 4 for each of 2 processes; steps=14 is more"
         with pytest.raises(UsageError, match=message):
             Shard(stream, rank, 2).batches(0, 13, 14, 4)
         with pytest.raises(UsageError, match=message):
@@ -718,13 +789,13 @@ def test_shares_together_are_the_whole_stream(folder: Path) -> None:
 def test_a_map_style_data_set_is_shown_once_in_a_pass_and_held_out_apart() -> None:
     data = torch.utils.data.TensorDataset(torch.arange(100.0)[:, None], torch.arange(100) % 7)
     stream = FromDataset(data, 7, held_out=20)
-    assert (stream.name, stream.shape) == ("tensordataset", (1,))
+    assert (stream.name, stream.shape) == ("tensordataset-held_out=20", (1,))
     x, y = stream.batches(0, 0, 20, 4)
     held = stream.batches(0, 0, 5, 4, "held_out")[0]
     assert sorted([*x.flatten().tolist(), *held.flatten().tolist()]) == list(range(100))
     assert torch.equal(x.flatten().long() % 7, y.flatten())
     assert same(stream.batches(0, 3, 5, 4), (x[3:5], y[3:5]))
-    with pytest.raises(UsageError, match="tensordataset has 80 training samples, 20 batches of 4"):
+    with pytest.raises(UsageError, match="tensordataset-held_out=20 has 80 training samples, 20 batches of 4"):
         stream.batches(0, 20, 21, 4)
 
 
@@ -736,7 +807,9 @@ def test_an_iterable_is_read_in_its_order_and_begun_anew_for_an_earlier_step() -
     assert y.flatten().tolist() == [0.5 * i for i in range(12, 60)]
     assert same(stream.batches(7, 2, 4, 4), (x[2:4], y[2:4]))
     assert stream.batches(0, 0, 2, 6, "held_out")[0][..., 0].flatten().tolist() == list(range(12))
-    with pytest.raises(UsageError, match=r"mine ended after 48 training samples, 12 batches of 4; steps=13 is more"):
+    with pytest.raises(
+        UsageError, match=r"mine-held_out=12 ended after 48 training samples, 12 batches of 4; steps=13 is more"
+    ):
         stream.batches(0, 11, 13, 4)
     once = FromIterable(iter(pairs), 0, held_out=2)
     once.batches(0, 0, 3, 4)
@@ -757,6 +830,58 @@ def test_an_iterable_is_read_in_its_order_and_begun_anew_for_an_earlier_step() -
 def test_a_data_set_of_something_else_is_told(data: list[Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         FromDataset(data, 3).batches(0, 0, 4, 4)
+
+
+class Items(torch.utils.data.IterableDataset[Any]):
+    def __len__(self) -> int:
+        return 20
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([(torch.zeros(2), 1)] * 20)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FromDataset(Items(), 3), r"dataset is Items, which has no length or no items by number; give a map"),
+        (
+            lambda: FromDataset([(torch.zeros(2), torch.zeros(3))] * 20, 0),
+            r"a target has shape \(3,\); give",
+        ),
+        (lambda: FromIterable([(torch.zeros(2), 1)] * 10, 3, held_out=10), "has 10 samples; held_out=10 leaves none"),
+        (
+            lambda: Stored("mine", [np.zeros((20, 4), np.uint8)], [np.zeros(20)], 2),
+            r"mine: images have shape \(4,\); give",
+        ),
+        (lambda: Stored("mine", [np.zeros((20, 4, 4), np.uint8)], [], 2), "1 arrays of images with 0 of labels"),
+        (lambda: Shard(Parity(), 0, 4).batches(0, 3, 3, 4), "start=3, stop=3 asks for no batch; give stop > start"),
+        (lambda: FromDataset([(torch.zeros(2), 1)] * 20, 3).batches(0, 2, 1, 4), "start=2, stop=1 asks for no batch"),
+    ],
+)
+def test_a_mistake_names_the_value_and_the_fix(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make()
+
+
+def test_held_out_is_in_the_name_of_a_users_data() -> None:
+    pairs = [(torch.zeros(2), 1)] * 50
+    made = [FromDataset(pairs, 3, held_out=20), FromDataset(pairs, 3, held_out=30), FromDataset(pairs, 3)]
+    assert [stream.name for stream in made] == ["list-held_out=20", "list-held_out=30", "list"]
+    assert FromIterable(pairs, 3, held_out=5).name == "list-held_out=5"
+
+
+def test_an_iterable_that_shuffles_is_refused_before_it_trains_on_what_is_held_out() -> None:
+    class Shuffled:
+        turn = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            self.turn += 1
+            return iter([(torch.tensor([float(i)]), 0) for i in np.random.default_rng(self.turn).permutation(50)])
+
+    stream = FromIterable(Shuffled(), 2, held_out=10)
+    stream.batches(0, 0, 2, 4)
+    with pytest.raises(UsageError, match="shuffled-held_out=10 began anew with other samples than before"):
+        stream.batches(0, 0, 1, 4)
 
 
 def test_members_tell_where_arrays_lie(tmp_path: Path) -> None:

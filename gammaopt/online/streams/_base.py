@@ -9,7 +9,7 @@ from typing import Literal, Protocol, Self
 import torch
 from torch import Tensor
 
-from gammaopt._errors import UsageError
+from gammaopt._errors import UsageError, at_least
 
 Split = Literal["train", "held_out"]
 
@@ -89,6 +89,12 @@ class Finite:
                 f"{self.name} has {self.train_samples:,} training samples, {self.train_samples // size:,} batches of "
                 f"{size}; steps={steps:,} is more than one pass: give fewer steps or smaller batches"
             )
+
+
+def check_span(start: int, stop: int) -> None:
+    """Raise :class:`UsageError` unless ``start`` … ``stop`` − 1 are batches: at least one of them."""
+    if at_least("start", start, 0) >= stop:
+        raise UsageError(f"start={start}, stop={stop} asks for no batch; give stop > start")
 
 
 def on_device(stream: Stream, device: torch.device | str) -> Stream:

@@ -1,14 +1,15 @@
 """Arrays made once and kept: what can't be mapped as it is becomes an ``.npy`` file in a cache folder.
 
-An array is written under another name and moved to its own when it is whole, then entered in ``manifest.json`` with
-the fingerprint of what it was made from. An array that is not in the manifest, or whose source has changed, is made
-again; processes that want the same one wait for the first.
+Its name has a digest of its source's place and fingerprint, so several data sets can share a folder, and one that has
+changed gets a new file. An array is written under another name and moved to its own when it is whole, then entered in
+``manifest.json``. One that is not in the manifest is made; processes that want the same one wait for the first.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -54,6 +55,12 @@ class Lines:
             self._said = done
 
 
+def fingerprint(member: Member) -> str:
+    """Of the file that an array is in: another one where the file was changed."""
+    stat = member.path.stat()
+    return f"{member.path.name}:{member.name} {stat.st_size} {stat.st_mtime_ns}"
+
+
 class Cache:
     """A folder of arrays and its manifest.
 
@@ -69,31 +76,45 @@ class Cache:
         """The array of a file: mapped in place where it is stored, else from here."""
         if member.offset is not None:
             return member.mapped()
-        stat = member.path.stat()
-        name = f"{member.path.stem}.{member.name}.npy"
-        fingerprint = f"{member.path.name}:{member.name} {stat.st_size} {stat.st_mtime_ns}"
-        return self.array(name, member.shape, member.dtype, fingerprint, member.pieces, fortran=member.fortran)
+        return self.array(
+            f"{member.path.stem}.{member.name}", member.shape, member.dtype, member.path, fingerprint(member),
+            member.pieces, fortran=member.fortran,
+        )  # fmt: skip
 
     def array(
         self,
         name: str,
         shape: tuple[int, ...],
         dtype: np.dtype[Any],
+        source: Path,
         fingerprint: str,
         pieces: Callable[[], Iterable[bytes]],
         *,
         fortran: bool = False,
     ) -> Array:
-        """The array called ``name``, mapped; made from ``pieces`` unless it has been, from the same source.
+        """The array of ``source``, mapped; made from ``pieces`` unless it has been.
+
+        Args:
+            name: what the file's name begins with.
+            shape, dtype, fortran: of the array.
+            source: the file or folder from which it is made.
+            fingerprint: differs where the source does.
+            pieces: the array's bytes in their order.
 
         Raises:
             UsageError: if the folder can't be written, and whatever ``pieces`` raises. Nothing is left behind then.
         """
+        name = f"{name}.{self._digest(source, fingerprint)}.npy"
         if not self._has(name, fingerprint):
             with self._lock():
                 if not self._has(name, fingerprint):  # the process that held the lock may have made it
                     self._make(name, shape, dtype, fingerprint, pieces, fortran)
         return members(self.folder / name)[""].mapped()
+
+    def _digest(self, source: Path, fingerprint: str) -> str:
+        # The source's place as seen from here: a data set that is moved with its own cache finds it again.
+        place = os.path.relpath(source.resolve(), self.folder.resolve())
+        return hashlib.blake2b(f"{place}\n{fingerprint}".encode(errors="surrogateescape"), digest_size=8).hexdigest()
 
     def _manifest(self) -> dict[str, dict[str, Any]]:
         try:

@@ -17,6 +17,7 @@ Image files are decoded once, in a random order, into one uint8 array: their cla
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,18 +27,20 @@ from typing import TypeAlias
 import numpy as np
 
 from gammaopt._errors import UsageError, require
-from gammaopt.online.streams._convert import Cache
+from gammaopt.online.streams._convert import Cache, fingerprint
 from gammaopt.online.streams._mapped import Array, DamagedFileError, Member, members
 from gammaopt.online.streams._order import permute
 
 CIFAR5M = re.compile(r"^(?:cifar5m_)?part(\d+)\.npz$")
-CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MNIST_IMAGES = re.compile(r"^MNIST_images_(\d+)\.(?:npz|npy|npz\.npy)$")
+MNIST_CLASSES = tuple("0123456789")
 MNIST_LABELS, MNIST_SIDE = "MNIST_labels_{}", 28
 Files: TypeAlias = dict[str, list[Path]]  # class → its image files
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".gif")
 SIDE = 64  # of decoded images, unless told
 DECODED = 256  # images decoded before they are written
+LOOKED_AT = 64  # images of an array that tell it from another one
 
 
 @dataclass
@@ -49,6 +52,8 @@ class Found:
         images: arrays (n, height, width[, channels]), mapped; a data set is all of them.
         labels: their classes, int64.
         classes: names.
+        identity: eight hexadecimal digits that tell this data set from another one, wherever it lies.
+        side: of decoded image files; ``None`` where pixels are as they are stored.
         held_images, held_labels: the part that the layout itself holds out, if it has one.
     """
 
@@ -56,6 +61,8 @@ class Found:
     images: list[Array]
     labels: list[Array]
     classes: list[str]
+    identity: str = ""
+    side: int | None = None
     held_images: Array | None = None
     held_labels: Array | None = None
 
@@ -100,11 +107,11 @@ def open_layout(path: Path, layout: str, cache: Cache, side: int = SIDE) -> Foun
 
 def cifar5m_part(_: Path, __: int, file: Path) -> tuple[Member, Member]:
     """Images and labels of a part of CIFAR-5M, not read."""
-    held = members(file)
-    images = _named(held, "X", file)
+    arrays = members(file)
+    images = _named(arrays, "X", file)
     if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3):
         raise UsageError(f"{images} is {images.dtype} of shape {images.shape}; CIFAR-5M has uint8 (n, 32, 32, 3)")
-    return images, _named(held, "Y", file)
+    return images, _named(arrays, "Y", file)
 
 
 def mnist1m_part(path: Path, number: int, file: Path) -> tuple[Member, Member]:
@@ -112,6 +119,8 @@ def mnist1m_part(path: Path, number: int, file: Path) -> tuple[Member, Member]:
     images = _only(file)
     if int(np.prod(images.shape[1:])) != MNIST_SIDE**2:
         raise UsageError(f"{images} has shape {images.shape}; MNIST-1M has (n, {MNIST_SIDE}, {MNIST_SIDE})")
+    if images.dtype.kind not in "uif":
+        raise UsageError(f"{images} is {images.dtype}; MNIST-1M has uint8, or floats from 0 to 1")
     beside = [path / (MNIST_LABELS.format(number) + end) for end in (".npy", ".npz.npy", ".npz")]
     label_file = next((candidate for candidate in beside if candidate.exists()), None)
     if label_file is None:
@@ -120,56 +129,85 @@ def mnist1m_part(path: Path, number: int, file: Path) -> tuple[Member, Member]:
 
 
 def _cifar5m(path: Path, cache: Cache, _: int) -> Found:
-    found = Found("cifar5m", [], [], list(CIFAR))
+    found = Found("cifar5m", [], [], list(CIFAR_CLASSES))
     for number, file in parts(path, "cifar5m").items():
         images, labels = cifar5m_part(path, number, file)
         found.images.append(cache.member(images))
         found.labels.append(classes_of(cache.member(labels), images.shape[0], str(labels)))
+    found.identity = _identity(found.images, found.labels)
     return found
 
 
 def _mnist1m(path: Path, cache: Cache, _: int) -> Found:
-    found = Found("mnist1m", [], [], [str(digit) for digit in range(10)])
+    found = Found("mnist1m", [], [], list(MNIST_CLASSES))
     for number, file in parts(path, "mnist1m").items():
         images, labels = mnist1m_part(path, number, file)
         found.images.append(_gray(cache, images))
         found.labels.append(classes_of(cache.member(labels), images.shape[0], str(labels)))
+    found.identity = _identity(found.images, found.labels)
     return found
 
 
+def _identity(images: Sequence[Array], labels: Sequence[Array]) -> str:
+    """A digest of all shapes and labels and of some pixels, the same in whatever kind of file they lie."""
+    seen = hashlib.blake2b(digest_size=4)
+    for part, classes in zip(images, labels, strict=True):
+        some = np.linspace(0, len(part) - 1, min(LOOKED_AT, len(part))).astype(np.int64)
+        seen.update(f"{part.shape}\n".encode() + classes.tobytes() + np.ascontiguousarray(part[some]).tobytes())
+    return seen.hexdigest()
+
+
 def _gray(cache: Cache, member: Member) -> Array:
-    """Images (n, 28, 28) uint8; from floats, by their range, once."""
-    side, count = MNIST_SIDE, member.shape[0]
+    """Images (n, 28, 28) uint8; from other numbers, by their range, once."""
+    shape = (member.shape[0], MNIST_SIDE, MNIST_SIDE)
     if member.dtype == np.uint8:
-        return cache.member(member).reshape(count, side, side)
-    if member.dtype.kind not in "uif":
-        raise UsageError(f"{member} is {member.dtype}; MNIST-1M has uint8, or floats from 0 to 1")
-    values = cache.member(member)
+        return cache.member(member).reshape(shape)
 
     def pieces() -> Iterator[bytes]:
-        parts = [values[start : start + DECODED] for start in range(0, count, DECODED)]
-        low, high = min(float(part.min()) for part in parts), max(float(part.max()) for part in parts)
-        if not all(bool(np.isfinite(part).all()) for part in parts):
-            raise UsageError(f"{member} has pixels that are no numbers; get the file again")
-        if -1.01 <= low < -0.01 and high <= 1.01:
-            scale, shift = 127.5, 1.0
-        elif low >= -0.01 and high <= 1.01:
-            scale, shift = 255.0, 0.0
-        elif low >= -0.01 and high <= 255.5:
-            scale, shift = 1.0, 0.0
-        else:
-            raise UsageError(
-                f"{member} has pixels from {low:.3g} to {high:.3g}, neither −1 … 1, 0 … 1 nor 0 … 255; "
-                "undo its standardisation, or save it as uint8"
-            )
-        for start in range(0, count, DECODED):
-            piece = (np.asarray(values[start : start + DECODED], np.float32) + shift) * scale
-            yield np.clip(np.rint(piece), 0, 255).astype(np.uint8).tobytes()
+        scale, shift = gray_scale(member)
+        for values in _values(member):
+            yield np.clip(np.rint((values.astype(np.float32) + shift) * scale), 0, 255).astype(np.uint8).tobytes()
 
-    stat = member.path.stat()
-    fingerprint = f"{member.path.name} {stat.st_size} {stat.st_mtime_ns} as uint8"
-    name = f"{member.path.stem}.uint8.npy"
-    return cache.array(name, (count, side, side), np.dtype(np.uint8), fingerprint, pieces)
+    made = cache.array(
+        f"{member.path.stem}.uint8", member.shape, np.dtype(np.uint8), member.path, f"{fingerprint(member)} as uint8",
+        pieces, fortran=member.fortran,
+    )  # fmt: skip
+    return made.reshape(shape)
+
+
+def gray_scale(member: Member, on_piece: Callable[[int], object] = lambda _: None) -> tuple[float, float]:
+    """Scale and shift with which all pixels are 0 … 255, (pixel + shift)·scale; reads every one.
+
+    Args:
+        member: whole numbers or floats.
+        on_piece: told the bytes of each piece that was read.
+
+    Raises:
+        DamagedFileError: if they can't be read to their end.
+        UsageError: for pixels that are no numbers, or of no known range.
+    """
+    low, high = math.inf, -math.inf
+    for values in _values(member):
+        on_piece(values.nbytes)
+        if not np.isfinite(values).all():
+            raise UsageError(f"{member} has pixels that are no numbers; get the file again")
+        low, high = min(low, float(values.min())), max(high, float(values.max()))
+    if -1.01 <= low < -0.01 and high <= 1.01:
+        return 127.5, 1.0
+    if low >= -0.01 and high <= 1.01:
+        return 255.0, 0.0
+    if low >= -0.01 and high <= 255.5:
+        return 1.0, 0.0
+    raise UsageError(
+        f"{member} has pixels from {low:.3g} to {high:.3g}, neither −1 … 1, 0 … 1 nor 0 … 255; "
+        "undo its standardisation, or save it as uint8"
+    )
+
+
+def _values(member: Member) -> Iterator[Array]:
+    """The numbers of an array in the order of its file."""
+    for piece in member.pieces():
+        yield np.frombuffer(piece, member.dtype)
 
 
 def _tinyimagenet(path: Path, cache: Cache, side: int) -> Found:
@@ -248,17 +286,17 @@ def parts(path: Path, layout: str) -> dict[int, Path]:
     return found
 
 
-def _named(held: dict[str, Member], name: str, file: Path) -> Member:
-    if name not in held:
-        raise UsageError(f"{file} has no array {name!r}, but {_told(list(held))}; is it another data set?")
-    return held[name]
+def _named(arrays: dict[str, Member], name: str, file: Path) -> Member:
+    if name not in arrays:
+        raise UsageError(f"{file} has no array {name!r}, but {_told(list(arrays))}; is it another data set?")
+    return arrays[name]
 
 
 def _only(file: Path) -> Member:
-    held = members(file)
-    if len(held) != 1:
-        raise UsageError(f"{file} has {len(held)} arrays ({_told(list(held))}) where one is expected")
-    return next(iter(held.values()))
+    arrays = members(file)
+    if len(arrays) != 1:
+        raise UsageError(f"{file} has {len(arrays)} arrays ({_told(list(arrays))}) where one is expected")
+    return next(iter(arrays.values()))
 
 
 def classes_of(labels: Array, count: int, told: str, classes: int = 10) -> Array:
@@ -293,8 +331,13 @@ def _by_class(path: Path) -> Files:
 
 def _decoded(path: Path, layout: str, train: Files, held: Files | None, cache: Cache, side: int) -> Found:
     classes = sorted(train)
+    seen = hashlib.blake2b(digest_size=4)
+    for split, files in {"train": train, "held_out": held or {}}.items():
+        for name, own in sorted(files.items()):
+            for file in own:
+                seen.update(f"{split} {name} {file.relative_to(path)} {file.stat().st_size}\n".encode())
     images, labels = _decode(path, "train", train, classes, cache, side)
-    found = Found(layout, [images], [labels], classes)
+    found = Found(layout, [images], [labels], classes, seen.hexdigest(), side)
     if held is not None:
         found.held_images, found.held_labels = _decode(path, "held_out", held, classes, cache, side)
     return found
@@ -317,7 +360,7 @@ def _decode(
             yield b"".join(decode(file, side) for file, _ in listed[start : start + DECODED])
 
     shape = (len(listed), side, side, 3)
-    images = cache.array(f"{split}-{side}.npy", shape, np.dtype(np.uint8), seen.hexdigest(), pieces)
+    images = cache.array(f"{split}-{side}", shape, np.dtype(np.uint8), path, seen.hexdigest(), pieces)
     return images, np.array([label for _, label in listed], np.int64)
 
 

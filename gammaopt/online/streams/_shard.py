@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from gammaopt._errors import UsageError, at_least
-from gammaopt.online.streams._base import Finite, Generated, Split, Stream, on_device
+from gammaopt.online.streams._base import Finite, Generated, Split, Stream, check_span, on_device
+from gammaopt.online.streams._stored import Stored
 
 
 class Shard(Generated):
@@ -68,8 +69,11 @@ class Shard(Generated):
         """
         if split == "held_out":
             return self.stream.batches(seed, start, stop, size, split)
+        check_span(start, stop)
         self.check(stop, size)
         mine = range(start * self.world + self.rank, stop * self.world, self.world)
+        if isinstance(self.stream, Stored):  # which has the next of these read ahead
+            return self.stream.batches(seed, mine.start, mine.stop, size, split, every=self.world)
         parts = [self.stream.batches(seed, step, step + 1, size, split) for step in mine]
         inputs, targets = (torch.cat(part) for part in zip(*parts, strict=True))
         return inputs, targets

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gammaopt._errors import UsageError, at_least
-from gammaopt.online.streams._base import Finite, Generated, Split, with_knobs
+from gammaopt.online.streams._base import Finite, Generated, Split, check_span, with_knobs
 from gammaopt.online.streams._convert import Cache, OnConvert
 from gammaopt.online.streams._layouts import SIDE, Found, classes_of, open_layout, recognise
 from gammaopt.online.streams._mapped import Array
@@ -38,7 +38,7 @@ class Stored(Generated, Finite):
     """Stream of float32 images with about zero mean and unit variance, and int64 classes; a pass shows each once.
 
     Args:
-        name: short name, part of every record.
+        name: short name, by which records and checkpoints know the data.
         images: arrays (n, height, width) or (n, height, width, channels), uint8; mapped ones are read as needed.
         labels: their classes, one array for each of images.
         classes: how many there are.
@@ -62,7 +62,12 @@ class Stored(Generated, Finite):
         held_out: int | None = None,
         resident: int = 0,
     ) -> None:
+        if len(images) != len(labels):
+            raise UsageError(f"{name}: {len(images)} arrays of images with {len(labels)} of labels; give one for each")
         sizes = {part.shape[1:] for part in images}
+        for odd in sizes:
+            if len(odd) not in (2, 3):
+                raise UsageError(f"{name}: images have shape {odd}; give (height, width) or (height, width, channels)")
         if len(sizes) != 1 or any(len(x) != len(y) for x, y in zip(images, labels, strict=True)):
             raise UsageError(f"{name}: images of shapes {sorted(sizes)} and their labels do not fit together")
         if held is not None and (not len(held[0]) or len(held[0]) != len(held[1]) or held[0].shape[1:] not in sizes):
@@ -89,24 +94,17 @@ class Stored(Generated, Finite):
                 f"{name}: held_out={held_out} is given, and the data has a test set of {len(held[0]):,} images of its "
                 "own, which is held out whole; drop held_out"
             )
-        if held is None and held_out is None and count < 10:
-            raise UsageError(
-                f"{name} has {count:,} images, too few to hold a tenth of them out; give more, or held_out= how many"
-            )
         self.name = with_knobs(name, held_out=(held_out, None))
-        wanted = 0 if held else at_least("held_out", min(HELD_OUT, count // 10) if held_out is None else held_out, 1)
-        self._order = Order(count, wanted, BLOCK if count * self._bytes > SCATTERED else 1)
-        if self._order.train < 1:
-            raise UsageError(f"{name} has {count:,} images; held_out={wanted:,} of them leaves none to train on")
+        self._order = (
+            Order(count, 0, _block(count, self._bytes)) if held else order_of(name, count, self._bytes, held_out)
+        )
         self.train_samples = self._order.train
         self._mean, self._std = self._statistics()
-        self._kept = torch.empty(0, dtype=torch.uint8)
-        if resident:
-            self._kept = self._keep()
+        self._kept: Tensor | None = None  # the first images, from the first batch on
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy in another process maps the files itself: they are not sent."""
-        state = {**vars(self), "_images": [_place(images) for images in self._images]}
+        """A copy in another process or on another device maps the files itself: images are not sent."""
+        state = {**vars(self), "_images": [_place(images) for images in self._images], "_kept": None}
         if self._held is not None:
             state["_held"] = (_place(self._held[0]), self._held[1])
         return state
@@ -132,36 +130,48 @@ class Stored(Generated, Finite):
         """Of one image."""
         return int(np.prod(self.shape))
 
+    @property
+    def _resident(self) -> int:
+        """How many images, the first ones, are kept on the device."""
+        return min(int(self._begin[-1]), self.resident // self._bytes)
+
     def to(self, device: torch.device | str) -> Self:
         """The same stream, with its samples normalised on ``device``, and its resident part there."""
         twin = super().to(device)
-        twin._kept = twin._keep() if self.resident else self._kept
+        twin._kept = self._kept if twin.device == self.device else None
         return twin
 
-    def batches(self, seed: int, start: int, stop: int, size: int, split: Split = "train") -> tuple[Tensor, Tensor]:
-        """See :class:`Stream`. Held-out images begin anew after their last.
+    def batches(
+        self, seed: int, start: int, stop: int, size: int, split: Split = "train", *, every: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`Stream`. Held-out images begin anew after their last; ``every`` is that of :meth:`pixels`.
 
         Raises:
             UsageError: for a step after the last whole batch of the pass.
         """
-        pixels, labels = self.pixels(seed, start, stop, size, split)
-        return self._normalised(pixels.flatten(0, 1)).view(stop - start, size, *self.shape), labels
+        pixels, labels = self.pixels(seed, start, stop, size, split, every=every)
+        return self._normalised(pixels.flatten(0, 1)).view(-1, size, *self.shape), labels
 
-    def pixels(self, seed: int, start: int, stop: int, size: int, split: Split = "train") -> tuple[Tensor, Tensor]:
+    def pixels(
+        self, seed: int, start: int, stop: int, size: int, split: Split = "train", *, every: int = 1
+    ) -> tuple[Tensor, Tensor]:
         """The same batches as they are stored: images (steps, size, height, width[, channels]) uint8, on the device.
 
         Args:
             seed, start, stop, size, split: as for :meth:`batches`.
+            every: only each ``every``-th of these batches, the first among them: what one of several processes shows.
 
         Raises:
             UsageError: for a step after the last whole batch of the pass.
         """
-        places = np.arange(start * size, stop * size)
+        check_span(start, stop)
+        steps = np.arange(start, stop, every)
+        places = (steps[:, None] * size + np.arange(size)).ravel()
         if split == "train":
-            self.check(stop, size)
+            self.check(int(steps[-1]) + 1, size)
             index = self._order.at(places, seed)
             # First the next ones are asked for, so that the disk reads them while these are copied.
-            self._announce(places[-1] + 1, len(places), seed)
+            self._announce(places + len(steps) * every * size, seed)
             images, labels = self._pixels(index), self._labels[torch.from_numpy(index)]
         elif self._held is None:
             index = self._order.held(places)
@@ -171,13 +181,14 @@ class Stored(Generated, Finite):
             index = permute(places % len(held_images), len(held_images), 0)
             images = self._upload(_gather([held_images], np.zeros_like(index), index))
             labels = torch.from_numpy(held_labels[index])
-        return images.unflatten(0, (stop - start, size)), labels.to(self.device).view(stop - start, size)
+        return images.unflatten(0, (len(steps), size)), labels.to(self.device).view(len(steps), size)
 
-    def _announce(self, place: int, count: int, seed: int) -> None:
+    def _announce(self, places: Indices, seed: int) -> None:
         """Have the next images of a pass read while the caller works on these."""
-        if place < self.train_samples and any(isinstance(part, np.memmap) for part in self._images):
-            index = self._order.at(np.arange(place, min(place + count, self.train_samples)), seed)
-            part, index = self._split(np.sort(index[index >= len(self._kept)]))
+        places = places[places < self.train_samples]
+        if len(places) and any(isinstance(part, np.memmap) for part in self._images):
+            index = self._order.at(places, seed)
+            part, index = self._split(np.sort(index[index >= self._resident]))
             for i in np.unique(part):
                 _read_ahead(self._images[i], index[part == i])
 
@@ -196,10 +207,11 @@ class Stored(Generated, Finite):
 
     def _pixels(self, index: Indices) -> Tensor:
         """The images of those indices, on the device, uint8."""
-        kept = len(self._kept)
-        if not kept:
+        if not self._resident:
             return self._upload(self._read(index))
-        here = index < kept
+        if self._kept is None:
+            self._kept = self._keep()
+        here = index < len(self._kept)
         made = torch.empty(len(index), *self._images[0].shape[1:], dtype=torch.uint8, device=self.device)
         where = torch.from_numpy(here).to(self.device)
         made[where] = self._kept[torch.from_numpy(index[here]).to(self.device)]
@@ -220,7 +232,7 @@ class Stored(Generated, Finite):
 
     def _keep(self) -> Tensor:
         """The first images that ``resident`` bytes hold, on the device."""
-        count = min(int(self._begin[-1]), self.resident // self._bytes)
+        count = self._resident
         kept = torch.empty(count, *self._images[0].shape[1:], dtype=torch.uint8, device=self.device)
         for start in range(0, count, STATISTICS):
             index = np.arange(start, min(start + STATISTICS, count))
@@ -234,6 +246,28 @@ class Stored(Generated, Finite):
         axes = (0, 1, 2)
         std, mean = torch.std_mean(pixels, axes, correction=0)
         return mean.float().view(-1), std.float().view(-1).clamp(min=1e-3)
+
+
+def order_of(name: str, count: int, one: int, held_out: int | None = None) -> Order:
+    """Which of ``count`` images of ``one`` bytes each are held out, where there is no test set; the others' order.
+
+    Raises:
+        UsageError: if they are too few.
+    """
+    if held_out is None and count < 10:
+        raise UsageError(
+            f"{name} has {count:,} images, too few to hold a tenth of them out; give more, or held_out= how many"
+        )
+    wanted = at_least("held_out", min(HELD_OUT, count // 10) if held_out is None else held_out, 1)
+    order = Order(count, wanted, _block(count, one))
+    if order.train < 1:
+        raise UsageError(f"{name} has {count:,} images; held_out={wanted:,} of them leaves none to train on")
+    return order
+
+
+def _block(count: int, one: int) -> int:
+    """Neighbours that are read together, of images of so many bytes."""
+    return BLOCK if count * one > SCATTERED else 1
 
 
 class _Place(NamedTuple):
@@ -376,6 +410,7 @@ def _stream(
 
 
 def from_found(found: Found, **options: Any) -> Stored:
-    """The stream of a folder's images."""
+    """The stream of a folder's images; its name tells them from those of another folder."""
     held = None if found.held_images is None or found.held_labels is None else (found.held_images, found.held_labels)
-    return Stored(found.layout, found.images, found.labels, len(found.classes), held=held, **options)
+    name = with_knobs(f"{found.layout}-{found.identity}", side=(found.side, None))
+    return Stored(name, found.images, found.labels, len(found.classes), held=held, **options)

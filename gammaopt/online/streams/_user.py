@@ -6,7 +6,8 @@ order, whatever the seed, its first samples held out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gammaopt._errors import UsageError, at_least, require
-from gammaopt.online.streams._base import Finite, Split
+from gammaopt.online.streams._base import Finite, Split, check_span, with_knobs
 from gammaopt.online.streams._order import Order
 from gammaopt.online.streams._stored import HELD_OUT, Stored
 
@@ -36,13 +37,13 @@ class FromDataset(Finite):
         classes: number of classes, or 0 where targets are floats.
         held: another data set, held out; without, ``held_out`` items of ``dataset`` are never in a pass.
         held_out: how many to hold out; 10,000, or a tenth of them if that is fewer.
-        name: short name, part of every record.
+        name: short name, by which records and checkpoints know the data: another one for other data.
 
     Items with random augmentation are drawn anew each time: then a batch is not the same twice. Let the transform
     depend on the index, or make the augmentation part of the model.
 
     Raises:
-        UsageError: if a data set is empty, or its items are no pairs.
+        UsageError: if a data set is empty or has no length, or its items are no pairs.
 
     Example:
         >>> data = [(torch.tensor([float(i)]), i % 3) for i in range(100)]
@@ -60,8 +61,16 @@ class FromDataset(Finite):
         held_out: int | None = None,
         name: str | None = None,
     ) -> None:
-        self.name = name or type(dataset).__name__.lower()
+        self.name = with_knobs(name or type(dataset).__name__.lower(), held_out=(held_out, None))
         self.classes = at_least("classes", classes, 0)
+        for told, given in {"dataset": dataset, "held": held}.items():
+            # torch gives an IterableDataset the __getitem__ of any, which only raises.
+            by_number = hasattr(given, "__len__") and hasattr(given, "__getitem__")
+            if given is not None and (isinstance(given, torch.utils.data.IterableDataset) or not by_number):
+                raise UsageError(
+                    f"{told} is {type(given).__name__}, which has no length or no items by number; give a map-style "
+                    "data set, or FromIterable(…) one that is read in its own order"
+                )
         self._dataset, self._held = dataset, held
         count = len(dataset)
         wanted = 0
@@ -81,6 +90,7 @@ class FromDataset(Finite):
         Raises:
             UsageError: for a step after the last whole batch of the pass, or items that differ in shape.
         """
+        check_span(start, stop)
         places = np.arange(start * size, stop * size)
         dataset = self._dataset
         if split == "train":
@@ -104,10 +114,12 @@ class FromIterable:
         samples: pairs of an input and a target, as for :class:`FromDataset`; the same ones each time it is begun.
         classes: number of classes, or 0 where targets are floats.
         held_out: how many to hold out.
-        name: short name, part of every record.
+        name: short name, by which records and checkpoints know the data: another one for other data.
 
     Raises:
         UsageError: if there are not more than ``held_out`` pairs.
+        UsageError: from ``batches``, if the first pairs are others when it is begun anew: what was held out would be
+            trained on.
 
     Example:
         >>> stream = FromIterable([(torch.tensor([float(i)]), i % 2) for i in range(50)], classes=2, held_out=10)
@@ -116,7 +128,7 @@ class FromIterable:
     """
 
     def __init__(self, samples: Iterable[Any], classes: int, *, held_out: int = 1000, name: str | None = None) -> None:
-        self.name = name or type(samples).__name__.lower()
+        self.name = with_knobs(name or type(samples).__name__.lower(), held_out=(held_out, 1000))
         self.classes, self._samples = at_least("classes", classes, 0), samples
         self._wanted = at_least("held_out", held_out, 1)
         self._read = -1
@@ -130,14 +142,20 @@ class FromIterable:
                 f"{self.name} is an iterator and {self._read:,} of its samples are gone; give an iterable that can "
                 "begin anew, such as a list, or a class with __iter__"
             )
-        self._rest: Iterator[Any] = iter(self._samples)
+        rest = iter(self._samples)
         self._read = 0
-        held = [_pair(sample, self.name, self.classes) for _, sample in zip(range(self._wanted), self._rest)]  # noqa: B905
-        if len(held) < self._wanted:
+        held = [_pair(sample, self.name, self.classes) for sample in itertools.islice(rest, self._wanted)]
+        first = list(itertools.islice(rest, 1))
+        if not first:
             raise UsageError(
                 f"{self.name} has {len(held):,} samples; held_out={self._wanted:,} leaves none to train on"
             )
-        self._held = held
+        if self._held and not all(itertools.starmap(_same, zip(held, self._held, strict=True))):
+            raise UsageError(
+                f"{self.name} began anew with other samples than before, so that it would train on what is held out; "
+                "give an iterable without shuffling or random augmentation"
+            )
+        self._held, self._rest = held, itertools.chain(first, rest)
 
     def batches(self, seed: int, start: int, stop: int, size: int, split: Split = "train") -> tuple[Tensor, Tensor]:
         """See :class:`Stream`. Held-out samples begin anew after their last.
@@ -145,6 +163,7 @@ class FromIterable:
         Raises:
             UsageError: if the iterable ends before.
         """
+        check_span(start, stop)
         if split == "held_out":
             pairs = [self._held[i % len(self._held)] for i in range(start * size, stop * size)]
             return _stacked(pairs, self.name, stop - start, size)
@@ -215,7 +234,15 @@ def _pair(sample: Any, name: str, classes: int) -> tuple[Tensor, Tensor]:
         ) from None
     if classes and (target.numel() != 1 or target.is_floating_point() or not 0 <= int(target) < classes):
         raise UsageError(f"{name}: target {y!r} is no class 0 … {classes - 1}")
-    return inputs.float(), target.reshape(()).long() if classes else target.float().squeeze()
+    if target.numel() != 1:
+        raise UsageError(
+            f"{name}: a target has shape {tuple(target.shape)}; give one number, or classes= how many for whole numbers"
+        )
+    return inputs.float(), target.reshape(()).long() if classes else target.reshape(()).float()
+
+
+def _same(pair: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
+    return all(np.array_equal(a.numpy(), b.numpy(), equal_nan=True) for a, b in zip(pair, other, strict=True))
 
 
 def _stacked(pairs: list[tuple[Tensor, Tensor]], name: str, steps: int, size: int) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,8 @@
 What it shows: DistributedDataParallel gives every process the first one's parameters; gammaopt has it give them θ₀ and
 the plan too, so that all of them step the same function at the same rates. An optimizer built on the parameters of
 the parallel model finds its rates as ever.
-What to expect: about 85 % on held-out digits after one pass, and nearly the same for any number of processes: batch
-number `step` is the same one, and each process takes its share of it.
+What to expect: about 86 % on held-out digits after one pass, and the same within 1 point for 1, 2 and 4 processes. A
+`Shard` of a stream gives each process batches that no other sees, and makes no more of them than are trained on.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import gammaopt
 from gammaopt.online import Digits
+from gammaopt.online.streams import Shard
 
 
 def build(width: int) -> nn.Module:
@@ -51,17 +52,18 @@ def main() -> None:
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     device = torch.device(args.device, int(os.environ["LOCAL_RANK"]) if args.device == "cuda" else None)
-    digits = Digits()
+    if args.batch_size % world:
+        parser.error(f"--batch-size {args.batch_size} is no multiple of {world} processes")
+    digits = Shard(Digits(), rank, world)  # batch t here is batch t·world + rank of the whole stream
 
-    def share(step: int, size: int, split: str = "train") -> tuple[Tensor, Tensor]:
-        """This process's part of a batch of ``size``."""
+    def batch(step: int, size: int, split: str = "train") -> tuple[Tensor, Tensor]:
         inputs, targets = digits.batches(args.seed, step, step + 1, size, split)
-        return inputs[0, rank::world].to(device), targets[0, rank::world].to(device)
+        return inputs[0].to(device), targets[0].to(device)
 
     torch.manual_seed(args.seed)
     net = build(args.width).to(device)
     model = gammaopt.wrap(
-        net, gamma=args.gamma, example_inputs=share(0, 64)[0], parametrization="mean_field", loss="cross_entropy"
+        net, gamma=args.gamma, example_inputs=batch(0, 64)[0], parametrization="mean_field", loss="cross_entropy"
     )
     parallel = DistributedDataParallel(model)
     optimizer = gammaopt.SGD(parallel.parameters(), lr=args.lr, momentum=0.9)
@@ -71,7 +73,7 @@ def main() -> None:
 
     progress = tqdm(range(args.steps), desc="training", disable=rank > 0)
     for step in progress:
-        inputs, targets = share(step, args.batch_size)
+        inputs, targets = batch(step, args.batch_size // world)
         loss = F.cross_entropy(parallel(inputs), targets)
         optimizer.zero_grad()
         loss.backward()
@@ -80,7 +82,7 @@ def main() -> None:
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
 
-    inputs, targets = share(0, 2048, "held_out")
+    inputs, targets = (part[rank::world] for part in batch(0, 2048, "held_out"))  # these are the same everywhere
     with torch.no_grad():
         right = (parallel(inputs).argmax(-1) == targets).sum()
     dist.all_reduce(right)

@@ -13,21 +13,23 @@ What to expect: a small CNN in mean-field form, far above chance on held-out cro
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 import gammaopt
 from gammaopt.online import Photos
 
 
-class PhotoBatches(IterableDataset[tuple[Tensor, Tensor]]):
-    """Fresh batches of the photographs that the scikit-image and scikit-learn packages carry: your data goes here."""
+class PhotoBatches(Dataset[tuple[Tensor, Tensor]]):
+    """Fresh batches of the photographs that the scikit-image and scikit-learn packages carry: your data goes here.
+
+    A batch is known by its number, so workers of a loader and processes of Lightning share them out without overlap.
+    """
 
     def __init__(self, steps: int, size: int, split: str = "train", seed: int = 0) -> None:
         self.photos, self.steps, self.size, self.split, self.seed = Photos(), steps, size, split, seed
@@ -35,10 +37,9 @@ class PhotoBatches(IterableDataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return self.steps
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for step in range(self.steps):
-            inputs, targets = self.photos.batches(self.seed, step, step + 1, self.size, self.split)
-            yield inputs[0], targets[0]
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = self.photos.batches(self.seed, step, step + 1, self.size, self.split)
+        return inputs[0], targets[0]
 
 
 class Classifier(L.LightningModule):
@@ -75,27 +76,28 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate tuned at γ = 1")
     parser.add_argument("--width", type=int, default=32, help="channels of each layer")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=32, help="samples of each device")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make the data")
+    parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     L.seed_everything(args.seed)
 
-    train = PhotoBatches(args.steps, args.batch_size, seed=args.seed)
-    model = Classifier(args.gamma, args.lr, args.width, example=next(iter(train))[0])
-    print(model.net.gammaopt.table(args.lr, "adam"))
-
     trainer = L.Trainer(
         max_steps=args.steps,
         accelerator=args.accelerator,
-        devices=1,
+        devices=args.devices,
         precision=args.precision,
         logger=False,
         enable_checkpointing=False,  # leave it out to keep checkpoints
         enable_model_summary=False,
     )
-    trainer.fit(model, DataLoader(train, batch_size=None))
+    train = PhotoBatches(args.steps * trainer.world_size, args.batch_size, seed=args.seed)
+    model = Classifier(args.gamma, args.lr, args.width, example=train[0][0])
+    print(model.net.gammaopt.table(args.lr, "adam"))
+    trainer.fit(model, DataLoader(train, batch_size=None, num_workers=args.workers))
     held_out = DataLoader(PhotoBatches(8, 128, "held_out", seed=args.seed), batch_size=None)
     accuracy = trainer.test(model, held_out, verbose=False)[0]["accuracy"]
     print(f"held-out accuracy {100 * accuracy:.1f} % (chance 10.0 %)")

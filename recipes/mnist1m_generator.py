@@ -6,7 +6,7 @@ r"""MNIST-1M of your own: a class-conditional diffusion model writes the files t
 
 What it shows: gammaopt where the loss is no classifier's. The network predicts the image x from cos(a)·x + sin(a)·ε,
 a = πt/2, and samples by DDIM (Song, Meng, Ermon, ICLR 2021). A killed run goes on and comes out as one that was not.
-What to expect: the nearest real digit of nearly every generated one is of the class that it was made for.
+What to expect: the nearest real digit of about 97 % of the generated ones is of the class that it was made for.
 """
 
 import argparse

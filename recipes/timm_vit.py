@@ -8,7 +8,7 @@ r"""A timm vision transformer with timm's own optimizer factory, scheduler and E
 What it shows: `import gammaopt.integrations.timm` makes "gammaadamw" a name that timm's factory knows, with timm's own
 weight-decay groups (biases and norms have none). timm's scheduler writes absolute rates into the groups and stays
 right, because γ's multipliers are applied inside step(). The EMA averages parameters and leaves θ₀ alone.
-What to expect: the averaged network is far above chance on held-out crops after 150 steps.
+What to expect: the averaged network has 50 to 51 % on held-out crops after 150 steps (two seeds).
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import platform
@@ -15,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+
+from gammaopt.tuning._frozen import git_commit
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,28 @@ def report(rows: list[Row], options: argparse.Namespace) -> None:
     write_json(options, {"rows": [asdict(row) for row in rows]}, missed)
 
 
-def machine_and_date() -> dict[str, str]:
-    """Where and when a number was made."""
+def processor() -> str:
+    """The processor's model, as the system names it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
+@functools.cache  # once, ahead of what the benchmark writes itself
+def commit() -> str | None:
+    """The commit that is measured; written results are no change of it."""
+    return git_commit(Path(__file__).parents[2], but="experiments/results")
+
+
+def machine_and_date() -> dict[str, str | None]:
+    """Where, when and of which commit a number was made."""
     return {
         "date": str(datetime.datetime.now(tz=datetime.UTC).date()),
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "processor": processor(),
         "torch": torch.__version__,
+        "git_commit": commit(),
     }
 
 

@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from _experiment import Claim, Found, Place, near, run
-from _sweep import local_slopes, steps_done
+from _experiment import Claim, Found, Place, below, near, run
+from _sweep import local_slopes, slope, steps_done
 from numpy.typing import NDArray
 from scipy.stats import t
 
@@ -171,9 +171,11 @@ def spread_of_best_rate(case: Case, made: Portrait, lowest: float) -> Claim:
     logs = np.full((len(gammas), len(seeds)), math.nan)  # NaN: the best rate is not inside the grid
     for p in points:
         logs[gammas.index(p.gamma), seeds.index(p.seed)] = math.log10(p.lr / made.law.factor(p.gamma))
-    stray, low, high = off_the_law(logs, max(p.reach for p in points) / math.log(10))
+    reach = max(p.reach for p in points) / math.log(10)
+    stray, low, high = off_the_law(logs, reach)
     what = f"best rate off the law, decades, γ ≥ {lowest:g} ({len(gammas)} γ)"
-    return near(f"{what}; {case.name}", 0.0, 0.25, stray, (low, high))
+    why = f"a best rate is known within {reach:.2f} decades, which widens its interval"
+    return below(f"{what}; {case.name}", 0.25, stray, (low, high), why if stray < 0.25 else "")
 
 
 def off_the_law(logs: NDArray[np.float64], reach: float) -> tuple[float, float, float]:
@@ -241,14 +243,24 @@ def lower_edge(case: Case, made: Portrait) -> list[Claim]:
         for gamma in longest
     ]
     in_budget = common_slope([line for line in lines if len(line) > 1], reach)
+    slopes = ", ".join(f"{slope([x for x, _ in line], [y for _, y in line])[0]:.2f}" for line in lines if len(line) > 1)
+    trained = [budget for budget in case.budgets if edges[budget]]
     return [
-        near(f"lower edge in γ ({len(longest)} γ); {case.name}", 1.0, 0.2, in_gamma[0], in_gamma[1:]),
         near(
-            f"lower edge in the budget ({len(case.budgets)} budgets); {case.name}",
+            f"lower edge in γ ({len(longest)} γ); {case.name}",
+            1.0,
+            0.2,
+            in_gamma[0],
+            in_gamma[1:],
+            local_slopes([math.log(gamma) for gamma in longest], [math.log(eta) for eta in longest.values()]),
+        ),
+        near(
+            f"lower edge in the budget ({' and '.join(map(str, trained))} steps); {case.name}",
             -1.0,
             0.2,
             in_budget[0],
             in_budget[1:],
+            f"slopes of single γ {slopes}",
         ),
     ]
 

@@ -196,8 +196,8 @@ def picture(of_depth: dict[int, Curves]) -> Figure:
     rich_gammas = [gamma for gamma in curves if gamma >= RICH * (1 - 1e-6)]
     draw_collapse(_collapsed(depth, curves, rich_gammas, 0), [f"γ = {gamma:.3g}" for gamma in rich_gammas], axes[1, 0])
     gamma = stairs_gamma(curves)
-    draw_dynamics(curves[gamma][0], axes[1, 1])
-    axes[1, 1].set_title(f"two stairs: the classes' frequencies, then the images; γ = {gamma:.3g}", fontsize=10)
+    draw_dynamics(curves[gamma][0], axes[1, 1], found=dynamics(curves[gamma][0], moved=MOVED))
+    axes[1, 1].set_title(f"two stairs: class frequencies, then images; L = {depth}, γ = {gamma:,.0f}", fontsize=10)
     for one in axes.flat:
         one.grid(alpha=0.25)
     return figure

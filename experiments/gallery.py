@@ -63,7 +63,9 @@ def page(found: Mapping[str, Mapping[str, Result]]) -> str:
         "laws here, beside what was measured. `make experiments PRESET=cpu` runs everything again and rebuilds this "
         "page, which is made from the files in `results/` by `python experiments/gallery.py`.",
         "",
-        f"{held} of {total} predictions hold within their stated tolerance. A number holds if it lies within the "
+        f"{held} of {total} predictions hold within their stated tolerance.",
+        "",
+        "A number holds if it lies within the "
         f"tolerance of what was predicted; for {beyond} of those the 95 % interval excludes the prediction: finite "
         "width, depth and time shift them by more than the seeds explain, and the row says by how much. A bound holds "
         "if the whole interval does.",

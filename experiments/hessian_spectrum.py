@@ -158,7 +158,7 @@ def measure_sharpness(preset: Preset, place: Place) -> dict[str, Any]:
         for seed in range(preset.seeds)
     ]
     done = on_all_cores(descended, runs, place.cores)
-    points = []
+    points: list[dict[str, Any]] = []
     for depth in preset.depths:
         for gamma, _ in sides:
             mine = [end for run, end in zip(runs, done, strict=True) if (run.depth, run.gamma) == (depth, gamma)]

@@ -1,6 +1,7 @@
 """The folder of a study: what is in it, who may use it, and how a killed study finds what it had finished.
 
-study.json    the frozen plan, the versions and the git commit it began under, written first; the folder belongs to it
+study.json    the frozen plan, the versions and the git commit it began under, written first; the folder belongs to it.
+              Further commits that runs were made under are added
 runs.jsonl    one line for each finished run; a run found here is never trained again
 stack-….pt    the runs in training, one file for each process, while there are some
 stack-….jsonl the finished ones of them, until they stand in runs.jsonl
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from gammaopt.tuning._objective import ObjectivePlan
 from gammaopt.tuning._plan import StudyPlan
 from gammaopt.tuning._record import Record
 
+MIXED = "runs were made under the commits "
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -37,6 +40,17 @@ class Cell:
     gamma: float
     lr: float
     seed: int
+
+
+def commits_of(content: Mapping[str, Any]) -> list[str]:
+    """The commits that stand in a study.json."""
+    first = content.get("git_commit")
+    return [*([] if first is None else [str(first)]), *content.get("further_commits", [])]
+
+
+def notes_on(commits: Sequence[str]) -> tuple[str, ...]:
+    """What a reader should know of a study whose runs were made under several commits."""
+    return (f"{MIXED}{', '.join(commits)}; they may differ by more than γ and rate",) if len(commits) > 1 else ()
 
 
 def plan_from(values: Mapping[str, Any]) -> Plan:
@@ -112,12 +126,15 @@ class Folder:
     """An opened folder: the finished runs, and where the rest goes."""
 
     def __init__(self, path: Path, plan: Plan) -> None:
-        self.path = path
+        self.path, self._source, self._made_here = path, plan.source, False
         self._file: RunFile[Record] = RunFile(path / "runs.jsonl", plan.read_record)
         self.runs = {Cell(record.gamma, record.lr, record.seed): record for record in self._file.records}
 
     def add(self, record: Record) -> None:
         """Keep a finished run before this returns, as :meth:`RunFile.add` does."""
+        if not self._made_here:
+            self._made_here = True
+            self._add_commit(git_commit(self._source))
         self._file.add(record)
         self.runs[Cell(record.gamma, record.lr, record.seed)] = record
 
@@ -139,7 +156,13 @@ class Folder:
         """Whether the written result is another than this one; the versions and commit it tells of are its own."""
         written = _read_json(self.path / "result.json")
         own = {"versions": None, "git_commit": None}
-        return not isinstance(written, dict) or {**json.loads(result), **own} != {**written, **own}
+        if not isinstance(written, dict):
+            return True
+
+        def without_its_own(of: dict[str, Any]) -> dict[str, Any]:
+            return {**of, **own, "notes": [note for note in of["notes"] if not note.startswith(MIXED)]}
+
+        return "notes" not in written or without_its_own(json.loads(result)) != without_its_own(written)
 
     @property
     def study_id(self) -> str:
@@ -151,6 +174,19 @@ class Folder:
         """The commit that the study began under, if its code was in git."""
         found: str | None = _read_json(self.path / "study.json").get("git_commit")
         return found
+
+    @property
+    def git_commits(self) -> list[str]:
+        """The commits that its runs were made under, as far as they are known, the first one first."""
+        return commits_of(_read_json(self.path / "study.json"))
+
+    def _add_commit(self, commit: str | None) -> None:
+        content = _read_json(self.path / "study.json")
+        if commit is not None and commit not in commits_of(content):
+            further = [*content.get("further_commits", []), commit]
+            write_for_user(
+                self.path / "study.json", json.dumps({**content, "further_commits": further}, indent=2) + "\n"
+            )
 
     @property
     def versions(self) -> dict[str, str]:

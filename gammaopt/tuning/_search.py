@@ -13,7 +13,9 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from gammaopt._errors import MissingExtraError, UsageError, require
 from gammaopt.tuning._budget import Plan
@@ -87,6 +89,15 @@ def _is_a_file(url: str) -> bool:
         return make_url(url).get_backend_name() == "sqlite"
     except (ArgumentError, ValueError):
         return True
+
+
+def read_only(path: Path) -> Any:
+    """Optuna's storage in a SQLite file, for a look that changes nothing."""
+    optuna = require("optuna", "tune")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with experiments_allowed():
+        url = f"sqlite:///file:{quote(str(path.resolve()))}?mode=ro&uri=true"
+        return optuna.storages.RDBStorage(url, skip_table_creation=True)
 
 
 def open_storage(url: str, *, own: bool) -> Any:
@@ -169,17 +180,27 @@ def search(
                 study.set_metric_names([plan.metric])
             for key, value in frozen(plan, arm.space, arm.trials, start, commit).items():
                 study.set_user_attr(key, value)
-        for before in _completed(study, plan, arm):
+        for before in completed(study, plan, arm):
             told(before)
-        while len(done := _completed(study, plan, arm)) < arm.trials:
+        if len(completed(study, plan, arm)) < arm.trials:
+            _check_grid(study, name, arm.space.digest(start))
+        while len(done := completed(study, plan, arm)) < arm.trials:
             batch = _ask(study, plan, arm, start, len(done))
             cells = [[Cell(*arm.space.cell(t.params), seed) for seed in plan.tuning_seeds] for t in batch]
             records = evaluate([cell for row in cells for cell in row])
             for trial, row in zip(batch, cells, strict=True):
                 _tell(study, plan, trial, [records[cell] for cell in row])
-            for made in _completed(study, plan, arm)[len(done) :]:
+            for made in completed(study, plan, arm)[len(done) :]:
                 told(made)
         return done
+
+
+def _check_grid(study: optuna.Study, name: str, here: str) -> None:
+    if (there := study.user_attrs.get("grid_hash")) != here:
+        raise UsageError(
+            f"the search {name} began on another grid (hash {there} there, {here} here), and its trials would mix; "
+            "go on with the code that it began under, or choose another folder with --out"
+        )
 
 
 def _ask(
@@ -245,7 +266,8 @@ def _report(trial: optuna.trial.Trial, records: Sequence[Record]) -> None:
             trial.report(sum(values) / len(values), step)
 
 
-def _completed(study: optuna.Study, plan: Plan, arm: Search) -> list[Trial]:
+def completed(study: optuna.Study, plan: Plan, arm: Search) -> list[Trial]:
+    """The complete trials of an arm's study, in order."""
     import optuna
 
     done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))

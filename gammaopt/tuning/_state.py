@@ -1,7 +1,8 @@
 """A study as it stands, read without changing it: from its folder, or from a storage and its name there.
 
-What was finished are runs. The searches are made again from them, in memory: which points come next follows from the
-finished trials, so they come out as they were, up to the first run that is missing.
+The trials are read from the arms' Optuna studies, as far as their runs are there. Where those are missing, the searches
+are made again from the runs, in memory and under the versions that the study began under: which points come next
+follows from the finished trials, so they come out as they were, up to the first run that is missing.
 """
 
 from __future__ import annotations
@@ -14,19 +15,30 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from gammaopt._errors import UsageError, require
 from gammaopt.online._run_file import read_runs
 from gammaopt.tuning._budget import Plan
-from gammaopt.tuning._folder import Cell, Folder, opened
+from gammaopt.tuning._folder import Cell, Folder, commits_of, notes_on, opened
 from gammaopt.tuning._folder import plan_from as plan_from
 from gammaopt.tuning._plan import StudyPlan
 from gammaopt.tuning._record import Record
 from gammaopt.tuning._result import Trial, TuneResult
-from gammaopt.tuning._search import search
-from gammaopt.tuning._tune import INSTALL, Remote, Trains, arms, check_versions, choose, confirmation_cells, result_from
+from gammaopt.tuning._search import completed, read_only, search
+from gammaopt.tuning._tune import (
+    INSTALL,
+    Remote,
+    Trains,
+    arms,
+    check_versions,
+    choose,
+    confirmation_cells,
+    result_from,
+    study_name,
+)
 
 
 @dataclass(frozen=True)
@@ -38,10 +50,10 @@ class StudyState:
         plan: what it runs.
         versions: those it began under.
         study_id: what tells it from others of the same plan.
-        trials: arm → its complete trials, in order.
         runs: cell → its record.
+        find_trials: gives :attr:`trials`, which takes its time where the searches have to be made again.
         queue: state → trials of the queue, of a study with workers.
-        git_commit: of the code that it began under, where it is known.
+        git_commits: of the code that its runs were made under, where they are known, the first one first.
         grace: seconds of silence after which its workers are taken for lost, of a study with workers.
     """
 
@@ -49,11 +61,20 @@ class StudyState:
     plan: Plan
     versions: dict[str, str]
     study_id: str
-    trials: dict[str, list[Trial]]
     runs: Mapping[Cell, Record]
+    find_trials: Callable[[], dict[str, list[Trial]]]
     queue: Counter[str] | None = None
-    git_commit: str | None = None
+    git_commits: Sequence[str] = ()
     grace: int | None = None
+
+    @cached_property
+    def trials(self) -> dict[str, list[Trial]]:
+        """Arm → its complete trials, in order.
+
+        Raises:
+            UsageError: if they can't be told here: the study's storage is missing, and the versions are others.
+        """
+        return self.find_trials()
 
     @property
     def searched(self) -> bool:
@@ -98,9 +119,9 @@ class StudyState:
                 f"{missing} of {len(cells)} runs on fresh seeds are missing in {self.where}; "
                 f"run `gammaopt confirm`, or let {self.maker} finish it"
             )
-        result = result_from(
-            self._with(seeds), self.trials, self.runs, self.versions, self.git_commit, self.plan.command()
-        )
+        commit = self.git_commits[0] if self.git_commits else None
+        result = result_from(self._with(seeds), self.trials, self.runs, self.versions, commit, self.plan.command())
+        result = replace(result, notes=(*result.notes, *notes_on(self.git_commits)))
         if seeds is None or seeds == self.plan.confirm_seeds:
             return result
         another = (
@@ -125,7 +146,17 @@ def read_folder(path: Path) -> StudyState:
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{file} is not a readable study ({type(error).__name__}: {error}); restore it") from None
     records, _ = read_runs(path / "runs.jsonl", plan.read_record)
-    return replace(_state(str(path), plan, began_under, study_id, records), git_commit=content.get("git_commit"))
+    runs = _by_cell(records)
+
+    def find_trials() -> dict[str, list[Trial]]:
+        found = _in_database(path / "study.db", study_name(plan, study_id), plan, runs)
+        # A power cut may have torn the database of a finished study; one at work tells how far it is.
+        whole = found is not None and all(len(trials) == plan.trials for trials in found.values())
+        if found is not None and (whole or not (path / "result.json").exists()):
+            return found
+        return _again(str(path), plan, runs, began_under)
+
+    return StudyState(str(path), plan, began_under, study_id, runs, find_trials, git_commits=commits_of(content))
 
 
 def read_storage(url: str, name: str) -> StudyState:
@@ -142,29 +173,78 @@ def read_storage(url: str, name: str) -> StudyState:
         with server_errors(url, patience=0.0):
             queue = find_queue(storage, name)
             records = [record for _, record in queue.records()]
-            state = _state(name, queue.plan, queue.attrs["versions"], queue.attrs["id"], records)
-            commit = _commit_of(storage, name)
-            return replace(state, queue=queue.counts(), git_commit=commit, grace=queue.grace)
+            plan, began_under, runs = queue.plan, dict(queue.attrs["versions"]), _by_cell(records)
+            found = _stored(storage, name, plan, runs)
+            return StudyState(
+                name,
+                plan,
+                began_under,
+                queue.attrs["id"],
+                runs,
+                lambda: _again(name, plan, runs, began_under) if found is None else found,
+                queue=queue.counts(),
+                git_commits=_commits_of(storage, name),
+                grace=queue.grace,
+            )
     finally:
         storage.engine.dispose()
 
 
-def _commit_of(storage: Any, name: str) -> str | None:
-    """The commit that the study's arms were begun at, as far as they were."""
+def _commits_of(storage: Any, name: str) -> list[str]:
+    """The commits that the study's arms were begun at, as far as they were."""
     optuna = require("optuna", "tune")
-    for arm in ("tuned", "one_equal_budget"):
+    there = {study.study_name for study in storage.get_all_studies()}
+    names = [f"{name}/{arm}" for arm in ("tuned", "one_equal_budget") if f"{name}/{arm}" in there]
+    found = [optuna.load_study(study_name=of, storage=storage).user_attrs.get("git_commit") for of in names]
+    return list(dict.fromkeys(commit for commit in found if commit is not None))
+
+
+def _by_cell(records: Sequence[Record]) -> dict[Cell, Record]:
+    return {Cell(record.gamma, record.lr, record.seed): record for record in records}
+
+
+def _stored(storage: Any, name: str, plan: Plan, runs: Mapping[Cell, Record]) -> dict[str, list[Trial]] | None:
+    """Arm → its trials whose runs are there, from their Optuna studies; ``None`` if the search isn't in the storage."""
+    optuna = require("optuna", "tune")
+    there = {study.study_name for study in storage.get_all_studies()}
+    found: dict[str, list[Trial]] = {arm.arm: [] for arm in arms(plan)}
+    if f"{name}/{arms(plan)[0].arm}" not in there:
+        return None
+    for arm in arms(plan):
+        if f"{name}/{arm.arm}" in there:
+            study = optuna.load_study(study_name=f"{name}/{arm.arm}", storage=storage)
+            found[arm.arm] = [
+                trial
+                for trial in completed(study, plan, arm)
+                if all(Cell(trial.gamma, trial.lr, seed) in runs for seed in plan.tuning_seeds)
+            ]
+    return found
+
+
+def _in_database(path: Path, name: str, plan: Plan, runs: Mapping[Cell, Record]) -> dict[str, list[Trial]] | None:
+    """:func:`_stored` from a file, and ``None`` too if that is missing or can't be read."""
+    import sqlalchemy.exc
+
+    optuna = require("optuna", "tune")
+    if not path.exists():
+        return None
+    try:
+        storage = read_only(path)
         try:
-            study = optuna.load_study(study_name=f"{name}/{arm}", storage=storage)
-        except KeyError:  # not begun
-            continue
-        commit = study.user_attrs.get("git_commit")
-        return None if commit is None else str(commit)
-    return None
+            return _stored(storage, name, plan, runs)
+        finally:
+            storage.engine.dispose()
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError):
+        return None
 
 
-def _state(where: str, plan: Plan, began_under: dict[str, str], study_id: str, records: Sequence[Record]) -> StudyState:
-    runs = {Cell(record.gamma, record.lr, record.seed): record for record in records}
-    return StudyState(where, plan, began_under, study_id, search_again(plan, runs), runs)
+def _again(
+    where: str, plan: Plan, runs: Mapping[Cell, Record], began_under: Mapping[str, str]
+) -> dict[str, list[Trial]]:
+    """:func:`search_again`, where it gives the trials that the study had."""
+    if runs:
+        check_versions(where, began_under, "install those, or restore its study.db: its searches are read from there")
+    return search_again(plan, runs)
 
 
 class _NotYetError(Exception):

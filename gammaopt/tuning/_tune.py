@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,7 +13,7 @@ from urllib.parse import quote
 from gammaopt._errors import UsageError, at_least, require
 from gammaopt.tuning._budget import Plan
 from gammaopt.tuning._confirm import Confirmation, paired_t
-from gammaopt.tuning._folder import Cell, Folder, opened, versions
+from gammaopt.tuning._folder import Cell, Folder, notes_on, opened, versions
 from gammaopt.tuning._plan import StudyPlan
 from gammaopt.tuning._record import Record
 from gammaopt.tuning._result import ENOUGH_SEEDS, Arm, Rival, Spent, Trial, TuneResult, all_diverged, edges
@@ -193,6 +193,7 @@ def run_study(
             study=None if remote is None else remote.study,
         )
         result = result_from(plan, trials, folder.runs, folder.versions, folder.git_commit, command)
+        result = replace(result, notes=(*result.notes, *notes_on(folder.git_commits)))
         if not folder.finished:
             folder.write("result.json", result.to_json())
             forget_begun(folder.path)

@@ -83,6 +83,25 @@ def test_a_study_read_back_is_the_study_with_or_without_its_database(study: Stud
         assert replace(state.result(), command=study.result.command) == study.result
 
 
+def test_a_study_is_read_under_any_versions_and_its_search_is_made_again_under_its_own(
+    copied: Path, here: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdict = here("report", copied).stdout
+    content = json.loads((copied / "study.json").read_text())
+    content["versions"]["optuna"] = "1.0"
+    (copied / "study.json").write_text(json.dumps(content))
+    with monkeypatch.context() as patch:
+        patch.setattr("gammaopt.tuning._state.search_again", pytest.fail)
+        assert verdict == here("report", copied).stdout
+        assert here("status", copied).stdout.count("6/6 trials") == 2
+    (copied / "study.db").unlink()
+    done = here("status", copied)
+    assert done.returncode == 2
+    assert "begun under other versions (optuna 1.0 there, " in done.stderr
+    assert "restore its study.db" in done.stderr
+    assert here("export", copied).returncode == 0  # its runs are there all the same
+
+
 def test_status_of_a_finished_study_has_its_figures_and_its_verdict(study: Study, here: Callable[..., Done]) -> None:
     before = content(study.out)
     done = here("status", study.out)

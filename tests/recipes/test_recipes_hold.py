@@ -50,7 +50,7 @@ def test_lightning_sees_each_batch_once_in_workers_and_processes(workers: int, m
     batches = recipe("lightning_cnn", "lightning skimage", monkeypatch).PhotoBatches(6, 16)
     images = []
     for rank in range(2):  # as Lightning deals a data set to two processes
-        sampler = DistributedSampler(batches, 2, rank, shuffle=False)
+        sampler: DistributedSampler[Any] = DistributedSampler(batches, 2, rank, shuffle=False)
         loader: DataLoader[Any] = DataLoader(batches, batch_size=None, sampler=sampler, num_workers=workers)
         images += [image for inputs, _ in loader for image in inputs]
     assert len(images) == distinct(images) == 96

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from gammaopt._errors import MissingExtraError as MissingExtraError
 from gammaopt._errors import UsageError as UsageError
+from gammaopt._errors import run_script as run_script
 from gammaopt._laws import EtaLaw as EtaLaw
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ __all__ = [
     "fold",
     "knee",
     "param_groups",
+    "run_script",
     "unwrap",
     "wrap",
 ]

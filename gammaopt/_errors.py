@@ -10,7 +10,9 @@ import importlib
 import inspect
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import ModuleType
 
 
@@ -24,6 +26,21 @@ class CheckpointError(UsageError, RuntimeError):
 
 class MissingExtraError(ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """Call a script's ``main``: what it was given wrongly is one line on stderr and exit code 2, and no traceback.
+
+    Example:
+        >>> run_script(lambda: positive("gamma", -1.0))
+        Traceback (most recent call last):
+        SystemExit: 2
+    """
+    try:
+        main()
+    except (UsageError, MissingExtraError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def positive(name: str, value: float) -> float:

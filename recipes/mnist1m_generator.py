@@ -116,4 +116,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    gammaopt.run_script(main)

@@ -50,6 +50,16 @@ def run(script: Path, words: list[str], environment: Mapping[str, str], folder: 
     runpy.run_path(str(script), run_name="__main__")
 
 
+def test_a_mistake_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["plain_loop.py", "--gamma", "-1"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "recipes" / "plain_loop.py"), run_name="__main__")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "plain_loop.py: gamma=-1 is not allowed; give a finite gamma > 0\n"
+    for name in RECIPES:
+        assert (ROOT / "recipes" / f"{name}.py").read_text(encoding="utf-8").endswith("    gammaopt.run_script(main)\n")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_runs_and_learns(case: str, tmp_path: Path) -> None:
     options, margin, needs = CASES[case]

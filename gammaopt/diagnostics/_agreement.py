@@ -149,7 +149,7 @@ def _answers(output: Tensor) -> Tensor:
 
 @contextmanager
 def _same_draws_after(stream: Any) -> Iterator[None]:
-    """A loader draws its order and its workers' seed when it is read: its generator and torch's get their state back."""
+    """A loader draws when it is read, an order and a seed: its generator and torch's get their state back."""
     own = getattr(stream, "generator", None)
     state = own.get_state() if isinstance(own, torch.Generator) else None
     try:

@@ -34,7 +34,7 @@ DOUBLE = torch.float64
 
 
 class Function:
-    """f of a plain or wrapped model, on a copy of it in ``dtype``.
+    """f of a plain or wrapped model, on a copy of it in ``dtype``; of another :class:`Function`, that same copy.
 
     Attributes:
         module: the copy; for a wrapped model it computes h/γ.
@@ -43,7 +43,10 @@ class Function:
         device: where they are.
     """
 
-    def __init__(self, model: nn.Module, output: Output | None = None, dtype: torch.dtype = DOUBLE) -> None:
+    def __init__(self, model: nn.Module | Function, output: Output | None = None, dtype: torch.dtype = DOUBLE) -> None:
+        if isinstance(model, Function):  # several looks at one state of a model share one copy
+            self.__dict__.update(model.__dict__)
+            return
         model = getattr(model, "_orig_mod", model)  # torch.compile's cover
         if not isinstance(model, nn.Module):
             raise UsageError(f"model is a {type(model).__name__}; give the network, a torch.nn.Module, first")

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,11 @@ from gammaopt._files import locked
 from gammaopt._laws import EtaLaw
 from gammaopt._plan import Plan
 from gammaopt._probe import Inputs, Output
-from gammaopt.diagnostics._function import Batches, Function, LossFunction, loss_function, loss_of, undisturbed
+from gammaopt.diagnostics._function import DOUBLE, Batches, Function, LossFunction, loss_function, loss_of, undisturbed
 from gammaopt.diagnostics._kernels import centred_kernel_alignment, feature_kernel, kernel_target_alignment, ntk
-from gammaopt.diagnostics._spectrum import no_edge, sharpness
+from gammaopt.diagnostics._lanczos import lanczos
+from gammaopt.diagnostics._operator import Curvature
+from gammaopt.diagnostics._spectrum import BASIS_BYTES, no_edge, rates_of
 from gammaopt.online._losses import hits
 from gammaopt.online._run_file import RunFile
 from gammaopt.online.record import RunRecord
@@ -40,6 +42,8 @@ from gammaopt.optim._multipliers import Multipliers
 
 Measure = Literal["sharpness", "ntk", "features"]
 LAZY_KEPT = 0.9  # alignment of the kernel with the first one, above which it is called kept
+SEARCH = 200  # products for a sharpness, at most
+BLOCK = 1024  # steps whose losses are moved at once
 MOVED = 0.1  # of the first loss: a change by less is none
 EDGE = (1.6, 2.4)  # sharpness × rate that is called the edge of stability
 
@@ -118,7 +122,7 @@ class Monitor:
 
     Attributes:
         measurements: so far.
-        spent: seconds of them.
+        spent: seconds of them, and of the score in :meth:`finish`.
 
     Raises:
         UsageError: for a ``share`` outside of 0 to 1, an unknown measure, or a model that has no such measure.
@@ -178,8 +182,7 @@ class Monitor:
         self.measurements: list[Measurement] = []
         self.spent, self.step = 0.0, start
         self._due, self._cost = 0, 0.0
-        self._losses: list[Tensor] = []
-        self._shares: list[Tensor] = []
+        self._losses, self._shares = _Told(), _Told()
         self._first_kernel: Tensor | None = None
         group = optimizer.param_groups[0]
         self._run = Run(self._gamma, float(group["lr"]), seed)
@@ -231,14 +234,14 @@ class Monitor:
             steps: how many they stand for, those after the last that was noted.
         """
         for _ in range(steps):
-            self._losses.append(torch.as_tensor(loss).detach())
-            self._shares.append(torch.as_tensor(0.0 if accuracy is None else accuracy).detach())
+            self._losses.add(loss)
+            self._shares.add(0.0 if accuracy is None else accuracy)
 
     def measure(self) -> Measurement:
         """Measure now, due or not."""
-        start = self._clock()
+        start = self._now()
         made = self._measured()
-        self._cost = self._clock() - start
+        self._cost = self._now() - start
         self.spent += self._cost
         made = dataclasses.replace(made, seconds=self._cost)
         self.measurements.append(made)
@@ -249,6 +252,13 @@ class Monitor:
             for name, value in made.numbers().items():
                 self._writer.add_scalar(f"gammaopt/{name}", value, self.step)
         return made
+
+    def _now(self) -> float:
+        """The time at which the device has done what it was told: steps in its queue are none of a measurement's."""
+        device = next(self.model.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return self._clock()
 
     def _write(self, made: Measurement, path: Path) -> None:
         with locked(path.parent):
@@ -264,24 +274,36 @@ class Monitor:
         if not math.isfinite(loss):
             return Measurement(self.step, 0.0, loss, accuracy)
         found: dict[str, float | None] = {}
-        settings: dict[str, Any] = {"output": self._output}
         if "sharpness" in self._measures:
-            search = {"tol": 1e-2, **settings}
-            found["sharpness"] = sharpness(self.model, self._loss, self._data, **search)
-            if isinstance(self.optimizer, torch.optim.SGD) and no_edge(self.optimizer, self.model) is None:
-                scaled = sharpness(self.model, self._loss, self._data, optimizer=self.optimizer, **search)
-                found["sharpness_lr"] = scaled
+            found["sharpness"], found["sharpness_lr"] = self._sharpness(function)
         x, y = self._few
-        measures = self._with_meaning(function)
+        measures, shared = self._with_meaning(function), cast("nn.Module", function)
         if "ntk" in measures:
-            kernel = ntk(self.model, x, **settings).cpu()
+            kernel = ntk(shared, x).cpu()
             self._first_kernel = kernel if self._first_kernel is None else self._first_kernel
             found["alignment"] = None if y is None else _aligned(kernel_target_alignment, kernel, y)
             found["kernel_kept"] = _aligned(centred_kernel_alignment, kernel, self._first_kernel)
         if "features" in measures:
-            features = feature_kernel(self.model, x, **settings).cpu()
+            features = feature_kernel(shared, x).cpu()
             found["feature_alignment"] = None if y is None else _aligned(kernel_target_alignment, features, y)
         return Measurement(self.step, 0.0, loss, accuracy, **found)
+
+    def _sharpness(self, function: Function) -> tuple[float, float | None]:
+        """λ_max, and that of √R H √R for SGD: one search where all rates are equal, and else two over one graph."""
+        hessian = Curvature(cast("nn.Module", function), self._loss, self._data)
+        plain = _largest(hessian, hessian.size, hessian.device)
+        if not isinstance(self.optimizer, torch.optim.SGD) or no_edge(self.optimizer, self.model) is not None:
+            return plain, None
+        rates = rates_of(self.optimizer, self.model)
+        if len(set(rates.values())) == 1:
+            return plain, plain * next(iter(rates.values()))
+        root = torch.cat(
+            [
+                p.new_full((p.numel(),), rates[name] ** 0.5, requires_grad=False)
+                for name, p in function.parameters.items()
+            ]
+        )
+        return plain, _largest(lambda vector: root * hessian(root * vector), hessian.size, hessian.device)
 
     def _with_meaning(self, function: Function) -> tuple[str, ...]:
         """What to measure of the model as it is now."""
@@ -312,9 +334,10 @@ class Monitor:
         """
         if self._finished is not None:
             return self._finished
+        start = self._now()
         loss, accuracy = self._score(Function(self.model, self._output))
-        losses = torch.stack([value.double().cpu() for value in self._losses]) if self._losses else torch.empty(0)
-        shares = torch.stack([value.double().cpu() for value in self._shares]) if self._shares else torch.empty(0)
+        self.spent += self._now() - start
+        losses, shares = self._losses.all(), self._shares.all()
         record = (
             summarise(self._run, max(1, len(losses)), self._law or EtaLaw(1.0), losses, shares, (accuracy or 0.0, loss))
             if len(losses)
@@ -372,6 +395,43 @@ class Monitor:
             where = "below" if last.sharpness_lr < low else "at" if last.sharpness_lr <= high else "past"
             said.append(f"{where} the edge of stability (sharpness × rate: {last.sharpness_lr:.2f} of 2)")
         return "; ".join(said)
+
+
+class _Told:
+    """A number of each step, in blocks on the device that it came from, so that no step waits; full ones on the CPU."""
+
+    def __init__(self) -> None:
+        self._full: list[Tensor] = []
+        self._block = torch.empty(0)
+        self._used = 0
+
+    def add(self, value: Tensor | float) -> None:
+        """Keep a number; a tensor is not read."""
+        device = value.device if isinstance(value, Tensor) else torch.device("cpu")
+        if self._used == len(self._block) or device != self._block.device:
+            self._full.append(self._rest())
+            with torch.inference_mode(False):
+                precision = torch.float32 if device.type == "mps" else torch.float64
+                self._block, self._used = torch.empty(BLOCK, dtype=precision, device=device), 0
+        self._block[self._used] = value.detach().reshape(()) if isinstance(value, Tensor) else value
+        self._used += 1
+
+    def _rest(self) -> Tensor:
+        return self._block[: self._used].to("cpu", torch.float64, copy=True)
+
+    def all(self) -> Tensor:
+        """All numbers so far (float64, on the CPU)."""
+        return torch.cat([*self._full, self._rest()])
+
+
+def _largest(multiply: Callable[[Tensor], Tensor], size: int, device: torch.device) -> float:
+    """λ_max to 1 %, as :func:`gammaopt.diagnostics.sharpness` finds it."""
+    draw = torch.Generator().manual_seed(0)
+    start = torch.randn(1, size, generator=draw, dtype=DOUBLE).to(device)
+    capacity = min(size, SEARCH + 2, max(22, BASIS_BYTES // (8 * size)))
+    search: dict[str, Any] = {"tol": 1e-2, "max_products": SEARCH, "capacity": capacity, "vectors": False}
+    ritz, _ = lanczos(multiply, start, 1, "largest", generator=draw, **search)
+    return float(ritz.values[0])
 
 
 def _without_losses(run: Run, steps: int, loss: float, accuracy: float) -> RunRecord:

@@ -1,6 +1,8 @@
-"""The copy that diagnostics look at computes what the model computes: in its modes, with its hooks, complex parts too."""
+"""The copy that diagnostics look at computes what the model does: in its modes, with its hooks, complex parts too."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from gammaopt.diagnostics._function import Function
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 
 
-def wrapped() -> nn.Sequential:
+def wrapped() -> Any:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
     return gammaopt.wrap(net, 0.5, depth=2, knee=1.0)

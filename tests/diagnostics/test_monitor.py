@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 import gammaopt
 from gammaopt import UsageError
 from gammaopt.diagnostics import Measurement, Monitor, kernel_target_alignment, ntk, sharpness
+from gammaopt.diagnostics import _monitor as module
+from gammaopt.diagnostics._lanczos import lanczos
 from gammaopt.online import MLP, RunRecord
 
 X = torch.sign(torch.randn(32, 6, generator=torch.Generator().manual_seed(0)))
@@ -203,6 +206,72 @@ def test_runs_in_one_folder_are_told_apart(tmp_path: Path) -> None:
         (None, None, 0), (1, 3, 0), (1, 3, 1), (2, 3, 0), (2, 3, 1),
     ]  # fmt: skip
     assert [Measurement.from_dict(line) for line in lines[3:]] == monitor.measurements
+
+
+@pytest.mark.parametrize(("groups", "searches"), [(1, 1), (2, 2)])
+def test_a_measurement_copies_the_model_once(monkeypatch: pytest.MonkeyPatch, groups: int, searches: int) -> None:
+    copies, ran = [], []
+    own, search = copy.deepcopy, lanczos
+
+    def counting(value: Any, *rest: Any) -> Any:
+        copies.extend([value] if isinstance(value, nn.Module) and not rest else [])
+        return own(value, *rest)
+
+    def counted(*args: Any, **settings: Any) -> Any:
+        ran.append(args)
+        return search(*args, **settings)
+
+    monkeypatch.setattr(copy, "deepcopy", counting)
+    monkeypatch.setattr(module, "lanczos", counted)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+    rates = [0.3, 0.1][:groups]
+    parts = [{"params": part.parameters(), "lr": rates[i % groups]} for i, part in enumerate((net[0], net[2]))]
+    optimizer = torch.optim.SGD(parts, momentum=0.5)
+    (one,) = Monitor(net, optimizer, "mse", (X, Y)).measurements
+    assert (len(copies), len(ran)) == (1, searches)
+    monkeypatch.undo()
+    assert one.sharpness == pytest.approx(sharpness(net, "mse", (X, Y)), rel=1e-2)
+    assert one.sharpness_lr == pytest.approx(sharpness(net, "mse", (X, Y), optimizer=optimizer), rel=1e-2)
+
+
+def test_losses_are_kept_in_blocks_and_moved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK", 4)
+    net = MLP(6, 1, width=8)
+    monitor = Monitor(net, torch.optim.SGD(net.parameters(), lr=0.1), "mse", (X, Y), measures=())
+    with torch.inference_mode():
+        for step in range(1, 6):
+            monitor(torch.tensor([float(step)]) if step % 2 else float(step), torch.tensor(0.5))
+    for step in range(6, 11):
+        monitor(torch.tensor(float(step), requires_grad=True))
+    record = monitor.finish()
+    assert record.curve.loss == tuple(map(float, range(1, 11)))
+    assert record.curve.accuracy == (0.5,) * 5 + (0.0,) * 5
+    assert len(monitor._losses._full) == 3
+
+
+def test_the_score_at_the_end_counts_as_spent() -> None:
+    model, optimizer = fresh()
+    monitor = Monitor(model, optimizer, "mse", (X, Y), measures=(), clock=Clock(1.0))
+    spent = monitor.spent
+    monitor.finish()
+    assert monitor.spent == spent + 1
+
+
+def test_the_clock_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    class Device:
+        type = "cuda"
+
+    class Parameter:
+        device = Device()
+
+    monitor = object.__new__(Monitor)
+    monitor.model = type("Net", (), {"parameters": lambda self: iter([Parameter()])})()
+    monitor._clock = lambda: order.append("clock") or 1.0  # type: ignore[func-returns-value]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
+    assert monitor._now() == 1.0
+    assert order == ["wait", "clock"]
 
 
 def test_the_share_of_time_is_kept_and_a_due_step_waits() -> None:

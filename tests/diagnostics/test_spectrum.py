@@ -247,10 +247,11 @@ def test_dampening_may_differ_by_group_and_what_has_no_one_edge_is_refused() -> 
     data = torch.eye(2), torch.zeros(2, 1)
 
     def of(bias: dict[str, Any], **settings: Any) -> float:
-        groups = [{"params": [net.weight]}, {"params": [net.bias], **bias}]
+        groups: list[dict[str, Any]] = [{"params": [net.weight]}, {"params": [net.bias], **bias}]
         return sharpness(net, "mse", data, optimizer=torch.optim.SGD(groups, lr=0.5, momentum=0.5, **settings))
 
-    damped = torch.optim.SGD([{"params": [net.weight]}, {"params": [net.bias], "lr": 0.1}], lr=0.5)
+    parts: list[dict[str, Any]] = [{"params": [net.weight]}, {"params": [net.bias], "lr": 0.1}]
+    damped = torch.optim.SGD(parts, lr=0.5)
     expected = sharpness(net, "mse", data, optimizer=damped) / 1.5
     assert of({"dampening": 0.8}) == pytest.approx(expected)
     assert of({"lr": -1e-12}) == pytest.approx(0.5 / 1.5)  # where a schedule ends

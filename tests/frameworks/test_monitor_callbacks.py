@@ -244,7 +244,7 @@ def test_a_resumed_run_counts_on_in_hugging_faces_trainer(tmp_path: Path) -> Non
     pytest.importorskip("transformers", reason="needs the extra 'frameworks'")
     from gammaopt.integrations.transformers import MonitorCallback
 
-    saving = {"save_strategy": "steps", "save_steps": 4, "logging_steps": 1}
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "logging_steps": 1}
     hugging_face(tmp_path, MonitorCallback((X, Y), "mse", measures=()), max_steps=4, **saving)
     callback = MonitorCallback((X, Y), "mse", measures=(), share=None)
     hugging_face(tmp_path, callback, resume=True, **saving)

@@ -17,7 +17,7 @@ import phase_portrait
 import pytest
 import residual
 import width_transfer
-from _experiment import Place
+from _experiment import Place, code_digest
 from _sweep import EdgeJob, slope, stable_edge
 from scipy.stats import linregress
 
@@ -51,7 +51,7 @@ def test_smoke_preset_of_architectures_goes_on_from_the_edges_that_are_there(
     law, lines = EtaLaw(3), []
     for gamma in preset.gammas[1:]:
         lines.append(json.dumps([architectures.name_of(case, gamma, 0), math.log10(law.factor(gamma))]))
-    kept = Place(tmp_path / "work" / "smoke").file("edges.jsonl", preset)
+    kept = Place(tmp_path / "work" / "smoke" / code_digest("architectures")).file("edges.jsonl", preset)
     kept.parent.mkdir(parents=True)
     kept.write_text("\n".join([*lines, '["CNN", 1.']), encoding="utf-8")
     searched: list[float] = []

@@ -374,7 +374,7 @@ def test_a_coordinator_killed_while_it_reaped_leaves_no_cell_behind(database: st
     ("study", "change", "message"),
     [
         ("yours", {}, r"the storage has no study 'yours' with a queue of cells; there are: mine"),
-        ("mine", {"torch": "1.0"}, r"began under other versions \(torch 1\.0 there, .* here\), .*; install the same"),
+        ("mine", {"torch": "1.0"}, r"begun under other versions \(torch 1\.0 there, .* here\), .*; install the same"),
     ],
 )
 def test_a_worker_of_no_use_says_why(

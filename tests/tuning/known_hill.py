@@ -1,18 +1,13 @@
-"""A training function with a known optimum, and the study of it that several tests look at."""
+"""A training function with a known optimum, and how a study of it is made. Its fixtures are in known_studies."""
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
-
-import gammaopt
-import gammaopt.report
 from gammaopt import EtaLaw
 from gammaopt.tuning import ObjectiveTrial, TuneResult, study
 
@@ -31,22 +26,9 @@ def height(gamma: float, lr: float) -> float:
     return -0.01 * math.log2(gamma / BEST_GAMMA) ** 2 - 0.01 * math.log2(lr / BEST_LR) ** 2
 
 
-@pytest.fixture
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes most of a fake study's time."""
-    monkeypatch.setattr(gammaopt.report, "html_report", lambda result: result.in_words())
-
-
 class Study(NamedTuple):
     out: Path
     result: TuneResult
-
-
-@pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """A study of ``hill``, run to its end. Not to be written to."""
-    out = tmp_path_factory.mktemp("studies") / "whole"
-    return Study(out, whole_study(hill, out, quiet=True))
 
 
 def whole_study(objective: Callable[[ObjectiveTrial], object], out: Path, **options: Any) -> TuneResult:
@@ -54,11 +36,6 @@ def whole_study(objective: Callable[[ObjectiveTrial], object], out: Path, **opti
         objective, out, law=LAW, base_lr=0.5, steps=100, trials=16, seeds=2, confirm_seeds=10, metric="accuracy",
         percent=True, diverged_score=-9.0, batch_size=8, **options,
     )  # fmt: skip
-
-
-@pytest.fixture
-def copied(whole: Study, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole.out, tmp_path / "copy"))
 
 
 def runs_of(out: Path) -> list[tuple[float, float, int]]:

@@ -20,7 +20,7 @@ from gammaopt.tuning._result import Trial
 from gammaopt.tuning._state import plan_from, read_folder
 from gammaopt.tuning._tune import RIVAL_OCTAVES, best_trial
 
-pytest_plugins = ["known_hill"]
+pytest_plugins = ["known_studies"]
 
 
 def test_a_known_optimum_is_found_and_confirmed_against_gamma_one(whole: Study) -> None:

@@ -22,7 +22,7 @@ from gammaopt.cli import main
 from gammaopt.tuning import ObjectiveTrial, confirm, study, tune
 from gammaopt.tuning._tune import RIVAL_OCTAVES
 
-pytest_plugins = ["known_hill"]
+pytest_plugins = ["known_studies"]
 
 
 @pytest.mark.usefixtures("no_report")

@@ -427,7 +427,7 @@ class _Told:
 def _largest(multiply: Callable[[Tensor], Tensor], size: int, device: torch.device) -> float:
     """λ_max to 1 %, as :func:`gammaopt.diagnostics.sharpness` finds it."""
     draw = torch.Generator().manual_seed(0)
-    start = torch.randn(1, size, generator=draw, dtype=DOUBLE).to(device)
+    start = torch.randn(size, generator=draw, dtype=DOUBLE).to(device)
     capacity = min(size, SEARCH + 2, max(22, BASIS_BYTES // (8 * size)))
     search: dict[str, Any] = {"tol": 1e-2, "max_products": SEARCH, "capacity": capacity, "vectors": False}
     ritz, _ = lanczos(multiply, start, 1, "largest", generator=draw, **search)

@@ -32,6 +32,10 @@ class Forgetful(optuna.storages.InMemoryStorage):
         self.twice: tuple[str, ...] = ()
         self.meanwhile: Callable[[], object] = lambda: None
 
+    def lose_answer_of(self, *names: str) -> None:
+        """Lose the answer of the next call of one of these names."""
+        self.twice = names
+
     def record_heartbeat(self, trial_id: int) -> None: ...
 
     def remove_session(self) -> None: ...
@@ -84,7 +88,8 @@ def test_a_cell_handed_back_twice_is_not_taken_from_the_worker_that_has_it(
         queue.enqueue([CELL])  # as a coordinator does
         taken.append(queue.claim("b"))
 
-    storage.twice, storage.meanwhile = ("WAITING", "PRUNED"), meanwhile  # whichever of them hands it back
+    storage.meanwhile = meanwhile
+    storage.lose_answer_of("WAITING", "PRUNED")  # whichever of them hands it back
     queue.hand_back(first)
     (second,) = taken
     assert second is not None
@@ -99,7 +104,7 @@ def test_a_cell_handed_back_twice_is_not_taken_from_the_worker_that_has_it(
 def test_whatever_is_done_twice_a_cell_is_finished_once(
     storage: Forgetful, queue: Queue, record: RunRecord, name: str
 ) -> None:
-    storage.twice = (name,)
+    storage.lose_answer_of(name)
     queue.enqueue([CELL])
     claim = queue.claim("a")
     if claim is None:  # its answer was lost: the trial goes stale
@@ -113,7 +118,7 @@ def test_whatever_is_done_twice_a_cell_is_finished_once(
     claim = queue.claim("b")
     assert claim is not None
     queue.finish(claim, record)
-    assert len(storage.twice) == 0
+    assert storage.twice == ()
     assert queue.claim("c") is None
     assert states(queue).count("COMPLETE") == 1
     assert queue.records() == [(claim.hash, record)]
@@ -127,7 +132,7 @@ def test_a_cell_handed_in_with_a_lost_answer_counts_and_its_checkpoint_goes(
     assert claim is not None
     said: list[str] = []
     worker = _Worker(queue, cast("PatientStorage", storage), tmp_path, 0.0, Stopping(), said.append)
-    storage.twice = ("COMPLETE",)
+    storage.lose_answer_of("COMPLETE")
     assert worker._train(claim)
     worker.heart.stop()
     assert not any("another worker" in line for line in said)

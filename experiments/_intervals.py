@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 from _experiment import t_interval
@@ -46,10 +45,3 @@ def _least(x: Sequence[float], reach: float) -> float:
     """How much errors of ± ``reach`` in each y can change the slope."""
     apart = np.asarray(x) - np.mean(x)
     return reach * float(np.abs(apart).sum() / (apart**2).sum())
-
-
-def local_slopes(x: Sequence[float], y: Sequence[float]) -> str:
-    """Of the means of y at neighbouring x, in words: where they differ, no one power is the law."""
-    means = {at: float(np.mean([b for a, b in zip(x, y, strict=True) if a == at])) for at in sorted(set(x))}
-    told = [f"{(after[1] - before[1]) / (after[0] - before[0]):.2f}" for before, after in pairwise(means.items())]
-    return f"local slopes {', '.join(told)}"

@@ -262,8 +262,10 @@ def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
 
 def local_slopes(x: Sequence[float], y: Sequence[float]) -> str:
-    """From each point to the next, in words; ``y`` may have NaN."""
-    return "local slopes " + ", ".join(f"{one:.2f}" for one in np.diff(y) / np.diff(x) if math.isfinite(one))
+    """Of the means of y at neighbouring x, in words: where they differ, no one power is the law. ``y`` may have NaN."""
+    at = sorted(set(x))
+    means = [np.mean([b for a, b in zip(x, y, strict=True) if a == one]) for one in at]
+    return "local slopes " + ", ".join(f"{one:.2f}" for one in np.diff(means) / np.diff(at) if math.isfinite(one))
 
 
 def parser(description: str | None, name: str, presets: Iterable[str]) -> argparse.ArgumentParser:

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from _experiment import Claim, Found, Place, above, near, run, t_interval
-from _intervals import local_slopes, seeds_slope
-from _sweep import slope
+from _intervals import seeds_slope
+from _sweep import local_slopes, slope
 from matplotlib.figure import Figure
 
 from gammaopt import EtaLaw

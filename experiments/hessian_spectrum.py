@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from _descent import Descent, descended, measured, plain
 from _experiment import Claim, Found, Place, above, kept, near, run, t_interval
-from _sweep import on_all_cores, slope
+from _sweep import local_slopes, on_all_cores, slope
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -188,10 +188,9 @@ def measure_sharpness(preset: Preset, place: Place) -> dict[str, Any]:
             at = [math.log10(point["gamma"]) for point in chosen]
             found = [slope(at, [point["of_seeds"][seed] for point in chosen])[0] for seed in range(preset.seeds)]
             logs = [point["log10_sharpness"] for point in chosen]
-            local = ", ".join(f"{(d - c) / (b - a):.2f}" for (a, c), (b, d) in pairwise(zip(at, logs, strict=True)))
             what = f"exponent of the sharpness, L = {depth}, {side}"
             claims.append(
-                near(what, claimed, bar, statistics.mean(found), t_interval(found), why=f"local slopes {local}")
+                near(what, claimed, bar, statistics.mean(found), t_interval(found), why=local_slopes(at, logs))
             )
     free = max(point["largest_sharpness_lr"] for point in points)
     claims.append(Claim("largest sharpness × rate of these descents", f"< {EDGE[0]:g}", free, None, free < EDGE[0]))

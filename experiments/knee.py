@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from _experiment import Claim, Found, Place, run
-from _intervals import local_slopes
-from _sweep import EdgeJob, even, stable_edges
+from _sweep import EdgeJob, even, local_slopes, stable_edges
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 from torch import nn

@@ -28,7 +28,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from _experiment import Claim, Found, Place, near, run
-from _intervals import Interval, local_slopes, seeds_slope, slope_interval
+from _intervals import Interval, seeds_slope, slope_interval
+from _sweep import local_slopes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import nn

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from _experiment import Claim, Found, Place, near, run
-from _intervals import local_slopes, slope_interval
-from _sweep import best_rates, even
+from _intervals import slope_interval
+from _sweep import best_rates, even, local_slopes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 

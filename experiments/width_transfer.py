@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from _experiment import Claim, Found, Place, below, near, run
-from _intervals import local_slopes, slope_interval
-from _sweep import Job, best_rate, even, mean_score, run_all
+from _intervals import slope_interval
+from _sweep import Job, best_rate, even, local_slopes, mean_score, run_all
 from matplotlib.figure import Figure
 from torch import nn
 

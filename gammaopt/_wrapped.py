@@ -49,11 +49,6 @@ class Wrapped(nn.Module):
             h = select(returned, output, self)
             self._gammaopt_check_units(h)
             return replaced(returned, output, h / gamma)
-        if "_gammaopt_empty" in self.__dict__:
-            raise UsageError(
-                f"θ₀ of {type(self).__name__} was on the meta device and to_empty() made its memory without values; "
-                "load a checkpoint of the wrapped model, or wrap the net after it was initialised"
-            )
         self._gammaopt_follow(reference)
         with _same_draws_and_kernels(reference) as rewind:
             with torch.no_grad():
@@ -86,7 +81,16 @@ class Wrapped(nn.Module):
         )
 
     def _gammaopt_follow(self, reference: nn.Module) -> None:
-        """Put the frozen copy's parts in the modes of the model's: a part may be in ``eval()`` by itself."""
+        """Put the frozen copy's parts in the modes of the model's: a part may be in ``eval()`` by itself.
+
+        Raises:
+            UsageError: if the copy has no values.
+        """
+        if "_gammaopt_empty" in self.__dict__:
+            raise UsageError(
+                f"θ₀ of {type(self).__name__} was on the meta device and to_empty() made its memory without values; "
+                "load a checkpoint of the wrapped model, or wrap the net after it was initialised"
+            )
         fill = self.__dict__.pop("_gammaopt_unsaved", False)
         for module, twin in zip(self.modules(), reference.modules(), strict=False):
             if twin.training != module.training:

@@ -64,8 +64,8 @@ class Function:
         with torch.inference_mode(False):
             self.module = twin._apply(lambda tensor: _cast(tensor, dtype))
         for module in list(_every_module(self.module)):
-            if isinstance(module, Wrapped):
-                _follow(module)
+            if isinstance(module, Wrapped) and module._gammaopt_reference is not None:
+                module._gammaopt_follow(module._gammaopt_reference)  # as a call does, which a look at its parts is not
         self.dtype = dtype
         self._reference: nn.Module | None = None
         self._gamma = 1.0
@@ -167,19 +167,6 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.is_complex():
         return tensor.to(dtype.to_complex())
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _follow(model: Wrapped) -> None:
-    """What a wrapped model does at a call, which the look at its two parts goes around."""
-    reference = model._gammaopt_reference
-    if reference is None:
-        return
-    if "_gammaopt_empty" in model.__dict__:
-        raise UsageError(
-            f"θ₀ of {type(model).__name__} was on the meta device and to_empty() made its memory without values; "
-            "load a checkpoint of the wrapped model, or wrap the net after it was initialised"
-        )
-    model._gammaopt_follow(reference)
 
 
 def _check(model: nn.Module) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from _intervals import local_slopes, seeds_slope, slope_interval
+from _intervals import seeds_slope, slope_interval
+from _sweep import local_slopes
 from scipy.stats import linregress
 from scipy.stats import t as student
 

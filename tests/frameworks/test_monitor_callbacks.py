@@ -60,9 +60,8 @@ def same(found: Monitor, expected: Monitor, out: Path) -> None:
     assert record.effective_lr == pytest.approx(wanted.effective_lr)
 
 
-def test_lightning_measures_as_the_plain_loop_and_logs_it(tmp_path: Path) -> None:
-    pl: Any = pytest.importorskip("lightning.pytorch", reason="needs the extra 'frameworks'")
-    from gammaopt.integrations.lightning import MonitorCallback
+def lightning_task(pl: Any) -> Any:
+    """What the plain loop trains, as a Lightning module."""
 
     class Task(pl.LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -77,6 +76,13 @@ def test_lightning_measures_as_the_plain_loop_and_logs_it(tmp_path: Path) -> Non
         def configure_optimizers(self) -> Any:
             return gammaopt.SGD(self.parameters(), lr=0.3)
 
+    return Task()
+
+
+def test_lightning_measures_as_the_plain_loop_and_logs_it(tmp_path: Path) -> None:
+    pl: Any = pytest.importorskip("lightning.pytorch", reason="needs the extra 'frameworks'")
+    from gammaopt.integrations.lightning import MonitorCallback
+
     class Logger(pl.loggers.logger.Logger):  # type: ignore[misc]
         name, version = "test", 0
         told: list[tuple[int | None, dict[str, float]]] = []  # noqa: RUF012
@@ -87,7 +93,7 @@ def test_lightning_measures_as_the_plain_loop_and_logs_it(tmp_path: Path) -> Non
         def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
             """Nothing to tell."""
 
-    task, logger = Task(), Logger()
+    task, logger = lightning_task(pl), Logger()
     callback = MonitorCallback((X, Y), "mse", share=None, out=tmp_path)
     pl.Trainer(
         max_steps=STEPS, accelerator="cpu", devices=1, logger=logger, callbacks=[callback], enable_checkpointing=False,
@@ -106,25 +112,12 @@ def test_lightning_measures_as_the_plain_loop_and_logs_it(tmp_path: Path) -> Non
 def lightning(folder: Path, callback: Any, steps: int, size: int, **settings: Any) -> Path:
     pl: Any = pytest.importorskip("lightning.pytorch", reason="needs the extra 'frameworks'")
 
-    class Task(pl.LightningModule):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = prepared()
-
-        def training_step(self, batch: Any, index: int) -> Tensor:
-            x, y = batch
-            loss: Tensor = (self.model(x) - y).square().mean()
-            return loss
-
-        def configure_optimizers(self) -> Any:
-            return gammaopt.SGD(self.parameters(), lr=0.3)
-
     checkpoint = settings.pop("ckpt_path", None)
     trainer = pl.Trainer(
         max_steps=steps, accelerator="cpu", devices=1, logger=False, callbacks=[callback], default_root_dir=folder,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **settings,
     )  # fmt: skip
-    trainer.fit(Task(), DataLoader(TensorDataset(X, Y), batch_size=size), ckpt_path=checkpoint)
+    trainer.fit(lightning_task(pl), DataLoader(TensorDataset(X, Y), batch_size=size), ckpt_path=checkpoint)
     trainer.save_checkpoint(folder / "saved.ckpt")
     return folder / "saved.ckpt"
 

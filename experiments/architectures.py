@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from gammaopt import EtaLaw, effective_depth, knee, wrap
-from gammaopt.online import Photos, Recipe, build_model
+from gammaopt.online import Photos, Recipe, Stream, build_model
 
 TOLERANCE = 0.2
 STREAM = Photos(scale=(1.0, 1.25), colour=0.1, brightness=0.05, noise=0.03)  # easy: a few hundred steps learn it
@@ -121,14 +121,27 @@ PRESETS = {
         ),
         gammas=(1.0, 10.0, 100.0, 1000.0),
     ),
+    "paper": Preset(
+        cases=(
+            Case("CNN", "cnn", (("width", 128), ("depth", 4)), (-1.5, 1.5), 10_000, 128, False),
+            Case("ViT", "vit", (("width", 256), ("depth", 4), ("patch", 4)), (-1.5, 1.5), 10_000, 128, True),
+            Case("ResNet-18", "resnet18", (("width", 64), ("depth", 2)), (-1.5, 2.0), 5000, 128, True),
+        ),
+        gammas=(1.0, 10.0, 100.0, 1000.0),
+    ),
 }
+
+
+def crops(place: Place) -> Stream:
+    """The photographs, or the images of a data set."""
+    return STREAM if place.data is None else place.stream
 
 
 def measure(preset: Preset, place: Place) -> Found:
     """Effective depths, stable edges over γ and seeds, and their slopes: one row for each network."""
     rows = measure_rows(preset, place)
     claims = [claim(found) for found in rows]
-    return Found(claims, meaning(rows, claims), picture(rows), {"rows": rows}, table(preset, rows))
+    return Found(claims, meaning(rows, claims), picture(rows), {"rows": rows}, table(preset, crops(place), rows))
 
 
 def claim(found: dict[str, Any]) -> Claim:
@@ -152,7 +165,7 @@ def meaning(rows: Sequence[dict[str, Any]], claims: Sequence[Claim]) -> str:
 
 def measure_rows(preset: Preset, place: Place) -> list[dict[str, Any]]:
     """The rows of the result."""
-    depths = {case: mean_depth(case) for case in preset.cases}
+    depths = {case: mean_depth(case, crops(place)) for case in preset.cases}
     jobs = {
         name_of(case, gamma, seed): edge_job(preset, place, case, depths[case], gamma, seed)
         for case in preset.cases
@@ -174,16 +187,17 @@ def name_of(case: Case, gamma: float, seed: int) -> str:
 
 def edge_job(preset: Preset, place: Place, case: Case, depth: float, gamma: float, seed: int) -> EdgeJob:
     """The search for one edge."""
-    build = partial(build_model, case.model, STREAM.shape, STREAM.classes, **dict(case.knobs))
-    recipe = Recipe(build, STREAM, "mse", "sgd", case.steps, case.batch_size, depth=depth, device=place.device)
+    stream = crops(place)
+    build = partial(build_model, case.model, stream.shape, stream.classes, **dict(case.knobs))
+    recipe = Recipe(build, stream, "mse", "sgd", case.steps, case.batch_size, depth=depth, device=place.device)
     return EdgeJob(recipe, gamma, seed, *case.rates, preset.learned, preset.tolerance)
 
 
-def fresh(model: str, knobs: Knobs, seed: int, norm: str = "own") -> nn.Module:
+def fresh(model: str, knobs: Knobs, stream: Stream, seed: int, norm: str = "own") -> nn.Module:
     """The network of a seed in mean-field form."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        net: nn.Module = build_model(model, STREAM.shape, STREAM.classes, **dict(knobs))
+        net: nn.Module = build_model(model, stream.shape, stream.classes, **dict(knobs))
         if norm == "added":
             net = with_norm(net)
         elif norm == "removed":
@@ -211,17 +225,18 @@ def without_norm(net: nn.Module) -> None:
                 setattr(module, name, nn.Identity())
 
 
-def images(seed: int) -> Tensor:
-    """128 crops."""
-    return STREAM.batches(seed, 0, 1, 128)[0][0]
+def images(stream: Stream, seed: int) -> Tensor:
+    """128 of them."""
+    return stream.batches(seed, 0, 1, 128)[0][0]
 
 
-def mean_depth(case: Case) -> float:
+def mean_depth(case: Case, stream: Stream) -> float:
     """L_eff in mean-field form, over ``LOOKED_AT`` networks, on 128 crops each."""
-    return fmean(effective_depth(fresh(case.model, case.knobs, seed), images(seed)) for seed in range(LOOKED_AT))
+    nets = [fresh(case.model, case.knobs, stream, seed) for seed in range(LOOKED_AT)]
+    return fmean(effective_depth(net, images(stream, seed)) for seed, net in enumerate(nets))
 
 
-def table(preset: Preset, measured: Sequence[dict[str, Any]]) -> str:
+def table(preset: Preset, stream: Stream, measured: Sequence[dict[str, Any]]) -> str:
     """Markdown: effective depth and knee at the start, lowest … highest of some seeds, and the measured exponents.
 
     A knee in mean-field form is no bend that was measured: edges are for γ ≥ 1. knee.py measures bends.
@@ -233,9 +248,9 @@ def table(preset: Preset, measured: Sequence[dict[str, Any]]) -> str:
     known = {found["network"]: f"{found['measured']:.2f}" for found in measured}
     trained = [Look(case.title, case.model, case.knobs) for case in preset.cases]
     for look in (*trained, *(look for look in preset.looked_at if look.title not in known)):
-        made = [fresh(look.model, look.knobs, seed, look.norm) for seed in range(LOOKED_AT)]
-        depths = [effective_depth(net, images(seed)) for seed, net in enumerate(made)]
-        knees = [knee(net, images(seed)) for seed, net in enumerate(made)]
+        made = [fresh(look.model, look.knobs, stream, seed, look.norm) for seed in range(LOOKED_AT)]
+        depths = [effective_depth(net, images(stream, seed)) for seed, net in enumerate(made)]
+        knees = [knee(net, images(stream, seed)) for seed, net in enumerate(made)]
         rows.append(
             f"| {look.title} | {min(depths):.2f} … {max(depths):.2f} | {min(knees):.2f} … {max(knees):.2f} "
             f"| {EtaLaw(fmean(depths)).rich:.2f} | {known.get(look.title, look.reason)} |"

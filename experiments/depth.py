@@ -28,6 +28,7 @@ from _sweep import local_slopes, slope
 from matplotlib.figure import Figure
 
 from gammaopt import EtaLaw
+from gammaopt._errors import UsageError
 from gammaopt._fit import FEWEST, Point, critical_rates
 from gammaopt.diagnostics import Grid, portrait
 from gammaopt.online import MLP, Recipe
@@ -140,7 +141,7 @@ def row(preset: Preset, place: Place, optimizer: str, depth: int) -> dict[str, A
     points = critical_rates(made.records, "best")
     lines = [line_of([point for point in points if point.seed == seed]) for seed in range(preset.seeds)]
     if min(len(set(x)) for x, _ in lines) < min(FEWEST, len(grid.gammas)):
-        raise ValueError(f"{optimizer}, L = {depth}: too few best rates of a seed lie inside the grid; widen it")
+        raise UsageError(f"{optimizer}, L = {depth}: too few best rates of a seed lie inside the grid; widen its rates")
     measured, interval = seeds_slope(lines)
     law = EtaLaw(depth, optimizer)  # type: ignore[arg-type]
     late = line_of([point for point in points if point.gamma >= LATE])

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from _descent import Descent, descended, measured, plain
 from _experiment import Claim, Found, Place, above, kept, near, run, t_interval
-from _sweep import local_slopes, on_all_cores, slope
+from _intervals import seeds_slope
+from _sweep import local_slopes, on_all_cores
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -186,12 +187,11 @@ def measure_sharpness(preset: Preset, place: Place) -> dict[str, Any]:
         ):
             chosen = [point for point in points if point["depth"] == depth and point["gamma"] in gammas]
             at = [math.log10(point["gamma"]) for point in chosen]
-            found = [slope(at, [point["of_seeds"][seed] for point in chosen])[0] for seed in range(preset.seeds)]
+            lines = [(at, [point["of_seeds"][seed] for point in chosen]) for seed in range(preset.seeds)]
+            found, interval = seeds_slope(lines)
             logs = [point["log10_sharpness"] for point in chosen]
             what = f"exponent of the sharpness, L = {depth}, {side}"
-            claims.append(
-                near(what, claimed, bar, statistics.mean(found), t_interval(found), why=local_slopes(at, logs))
-            )
+            claims.append(near(what, claimed, bar, found, interval, why=local_slopes(at, logs)))
     free = max(point["largest_sharpness_lr"] for point in points)
     claims.append(Claim("largest sharpness × rate of these descents", f"< {EDGE[0]:g}", free, None, free < EDGE[0]))
     return {"claims": [asdict(claim) for claim in claims], "points": points}

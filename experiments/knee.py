@@ -28,13 +28,14 @@ from scipy.stats import t as student
 from torch import nn
 
 import gammaopt
-from gammaopt.online import Digits, Recipe, Staircase, Stream, build_model
+from gammaopt.online import Recipe, Staircase, Stream, build_model
 
 DEPTH = 3
 TOLERANCE = 0.5  # decades
 LAW = gammaopt.EtaLaw(DEPTH)
 CNN_TASK = "digits, CNN"
-STREAMS: dict[str, Stream] = {"digits": Digits(), "staircase": Staircase(32, 4), CNN_TASK: Digits()}
+IMAGES = "images", "images, CNN"  # of a data set
+CNNS = CNN_TASK, IMAGES[1]
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,22 @@ PRESETS = {
         seeds=4,
         steps=1000,
     ),
+    "paper": Preset(
+        cases=(*((IMAGES[0], width) for width in (64, 256, 1024)), *((IMAGES[1], width) for width in (32, 128))),
+        seeds=2,
+        steps=3000,
+    ),
 }
 
 
-def standard(task: str, width: int) -> nn.Module:
+def stream_of(task: str, place: Place) -> Stream:
+    """What a task trains on: the place's images, or a staircase."""
+    return Staircase(32, 4) if task == "staircase" else place.stream
+
+
+def standard(task: str, stream: Stream, width: int) -> nn.Module:
     """The standard form: weights N(0, 1/fan_in), no biases."""
-    stream = STREAMS[task]
-    model = "cnn" if task == CNN_TASK else "mlp"
+    model = "cnn" if task in CNNS else "mlp"
     net: nn.Module = build_model(model, stream.shape, stream.classes or 1, width=width, depth=DEPTH)
     for parameter in net.parameters():
         nn.init.normal_(parameter, 0.0, parameter[0].numel() ** -0.5)
@@ -150,8 +160,8 @@ def jackknife_half(without: Sequence[float]) -> float:
 
 
 def recipe(preset: Preset, place: Place, task: str, width: int) -> Recipe:
-    stream = STREAMS[task]
-    build = partial(standard, task, width)
+    stream = stream_of(task, place)
+    build = partial(standard, task, stream, width)
     return Recipe(
         build,
         stream,
@@ -167,12 +177,12 @@ def recipe(preset: Preset, place: Place, task: str, width: int) -> Recipe:
 
 def predict(preset: Preset, place: Place, task: str, width: int) -> float:
     """Geometric mean of gammaopt.knee over the runs' networks, on 256 samples."""
-    logs = []
+    logs, stream = [], stream_of(task, place)
     for seed in range(preset.seeds):
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             net = recipe(preset, place, task, width).build()
-        logs.append(math.log(gammaopt.knee(net, STREAMS[task].batches(seed, 0, 1, 256)[0][0])))
+        logs.append(math.log(gammaopt.knee(net, stream.batches(seed, 0, 1, 256)[0][0])))
     return math.exp(sum(logs) / len(logs))
 
 

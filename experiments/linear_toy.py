@@ -34,6 +34,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import nn
 
+from gammaopt._errors import UsageError
 from gammaopt._fit import critical_rates
 from gammaopt.diagnostics import Grid, portrait
 from gammaopt.online import Hermite, Recipe
@@ -144,7 +145,7 @@ def edge(good: Callable[[Array, Array], NDArray[np.bool_]], gammas: Array, centr
     logs = np.log10(centre)[:, None] - np.sign(step) * 2 + step * np.arange(400)
     found = good(gammas[:, None], 10.0**logs)
     if not found.any(axis=1).all() or found[:, 0].any():
-        raise ValueError("an edge lies outside the rates tried")
+        raise UsageError("an edge lies outside the rates tried, two decades around the law's; move their centre")
     at: Array = logs[np.arange(len(gammas)), found.argmax(axis=1)]
     return at - step / 2
 

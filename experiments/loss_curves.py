@@ -24,7 +24,8 @@ from statistics import fmean
 import numpy as np
 import torch
 from _experiment import Claim, Found, Place, above, below, near, run, t_interval
-from _sweep import local_slopes, slope, steps_done
+from _intervals import seeds_slope
+from _sweep import local_slopes, steps_done
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
@@ -115,12 +116,13 @@ def plateau_claims(depth: int, curves: Curves) -> list[Claim]:
         logs -= np.log10(np.log(rich))[:, None]
     at = np.log10(rich)
     left = np.isfinite(logs)
-    slopes = [slope(at[on].tolist(), logs[on, seed].tolist())[0] for seed, on in enumerate(left.T) if on.sum() > 1]
+    lines = [(at[on].tolist(), logs[on, seed].tolist()) for seed, on in enumerate(left.T) if on.sum() > 1]
+    found, interval = seeds_slope(lines)
     what = "plateau over log γ" if depth == 2 else "plateau"
     claims = [
         near(
-            f"{what}, exponent, γ ≥ {RICH:g}, L = {depth}", 1 - 2 / depth, TOLERANCE, fmean(slopes),
-            t_interval(slopes), why=local_slopes(at.tolist(), logs.mean(axis=1).tolist()),
+            f"{what}, exponent, γ ≥ {RICH:g}, L = {depth}", 1 - 2 / depth, TOLERANCE, found, interval,
+            why=local_slopes(at.tolist(), logs.mean(axis=1).tolist()),
         )
     ]  # fmt: skip
     if not left.all():

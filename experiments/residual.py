@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from gammaopt import EtaLaw, effective_depth, wrap
-from gammaopt.online import Digits, Recipe
+from gammaopt.online import Recipe, Stream
 
 TOLERANCE = 0.15
 
@@ -47,6 +47,7 @@ PRESETS = {
     "smoke": Preset(blocks=(1,), width=16, gammas=(1.0, 30.0), rates=(-1.0, 1.0, 5), seeds=1, steps=60),
     "cpu": Preset(),
     "gpu": Preset(blocks=(2, 6), width=256, seeds=8, steps=1000),
+    "paper": Preset(blocks=(2, 6), width=1024, seeds=2, steps=3000),
 }
 
 
@@ -64,9 +65,10 @@ class Block(nn.Module):
         return x + torch.as_tensor(self.down(torch.relu(self.up(self.norm(x)))))
 
 
-def network(blocks: int, width: int) -> nn.Sequential:
+def network(shape: tuple[int, ...], classes: int, blocks: int, width: int) -> nn.Sequential:
     body = [Block(width) for _ in range(blocks)]
-    return nn.Sequential(nn.Flatten(), nn.Linear(144, width), *body, nn.LayerNorm(width), nn.Linear(width, 10))
+    first, last = nn.Linear(math.prod(shape), width), nn.Linear(width, classes)
+    return nn.Sequential(nn.Flatten(), first, *body, nn.LayerNorm(width), last)
 
 
 def measure(preset: Preset, place: Place) -> Found:
@@ -100,9 +102,10 @@ def meaning(rows: Sequence[dict[str, Any]], claims: Sequence[Claim]) -> str:
 
 def row(preset: Preset, place: Place, blocks: int) -> dict[str, Any]:
     """Effective depth, best rates over γ and their slope, for one number of blocks."""
-    build = partial(network, blocks, preset.width)
-    depth = sum(measured_depth(build(), seed) for seed in range(preset.seeds)) / preset.seeds
-    recipe = Recipe(build, Digits(), "mse", "sgd", preset.steps, depth=depth, device=place.device)
+    stream = place.stream
+    build = partial(network, stream.shape, stream.classes, blocks, preset.width)
+    depth = sum(measured_depth(build(), stream, seed) for seed in range(preset.seeds)) / preset.seeds
+    recipe = Recipe(build, stream, "mse", "sgd", preset.steps, depth=depth, device=place.device)
     logs = best_rates(
         recipe, preset.gammas, even(*preset.rates), preset.seeds, place.file(f"{blocks}.jsonl", preset), place.cores
     )
@@ -120,12 +123,12 @@ def row(preset: Preset, place: Place, blocks: int) -> dict[str, Any]:
     }
 
 
-def measured_depth(net: nn.Module, seed: int) -> float:
+def measured_depth(net: nn.Module, stream: Stream, seed: int) -> float:
     """L_eff in mean-field form, drawn from ``seed``."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         wrap(net, 1.0, depth=1.0, parametrization="mean_field")
-    return effective_depth(net, Digits().batches(seed, 0, 1, 256)[0][0])
+    return effective_depth(net, stream.batches(seed, 0, 1, 256)[0][0])
 
 
 def picture(rows: list[dict[str, Any]]) -> Figure:

@@ -27,6 +27,7 @@ from _sweep import Job, best_rate, even, local_slopes, mean_score, run_all
 from matplotlib.figure import Figure
 from torch import nn
 
+from gammaopt._errors import UsageError
 from gammaopt.online import MLP, Recipe
 
 BASE_WIDTH = 64
@@ -193,7 +194,11 @@ def lowest(net: tuple[Case, int], grids: Grids, scores: dict[Cell, float]) -> fl
 
 
 def look(preset: Preset, place: Place, grids: Grids, scores: dict[Cell, float]) -> None:
-    """Train on the grids, and extend each one until its lowest score is not at its end."""
+    """Train on the grids, and extend each one until its lowest score is not at its end.
+
+    Raises:
+        UsageError: if a grid has been extended ``MOST`` times, and still is too short.
+    """
     for _ in range(MOST):
         train(preset, place, grids, scores)
         short = False
@@ -204,7 +209,7 @@ def look(preset: Preset, place: Place, grids: Grids, scores: dict[Cell, float]) 
                 grids[net] = sorted([*grid, further])
         if not short:
             return
-    raise ValueError(f"a best rate lies further than {MOST} steps outside its grid; widen the grid")
+    raise UsageError(f"a best rate lies further than {MOST * STEP:g} decades outside its grid; move its case's")
 
 
 def train(preset: Preset, place: Place, grids: Grids, scores: dict[Cell, float]) -> None:

@@ -42,17 +42,19 @@ def test_the_sentence_counts_the_exponents_that_hold() -> None:
 
 
 def test_a_norm_is_added_or_removed_and_the_depth_says_so() -> None:
-    looks = {look.title: look for look in architectures.LOOKED}
+    looks, photos = {look.title: look for look in architectures.LOOKED}, architectures.STREAM
 
     def depth(look: architectures.Look, norm: str) -> float:
-        return effective_depth(architectures.fresh(look.model, look.knobs, 0, norm), architectures.images(0))
+        return effective_depth(
+            architectures.fresh(look.model, look.knobs, photos, 0, norm), architectures.images(photos, 0)
+        )
 
     pytest.importorskip("skimage")
     for name in ("MLP with layer norm", "CNN with batch norm"):
         assert depth(looks[name], "own") == pytest.approx(3.0, abs=0.01)
         assert depth(looks[name], "added") == pytest.approx(2.0, abs=0.01)
     vit = looks["ViT without normalisation"]
-    net = architectures.fresh(vit.model, vit.knobs, 0, "removed")
+    net = architectures.fresh(vit.model, vit.knobs, architectures.STREAM, 0, "removed")
     assert not [module for module in net.modules() if isinstance(module, nn.LayerNorm)]
     assert depth(vit, "removed") > depth(vit, "own") + 1
 
@@ -60,7 +62,7 @@ def test_a_norm_is_added_or_removed_and_the_depth_says_so() -> None:
 def test_the_table_has_each_architecture_with_and_without_norm_and_says_what_is_missing() -> None:
     pytest.importorskip("skimage")
     smoke = architectures.PRESETS["smoke"]
-    table = architectures.table(smoke, [row([0.6, 0.7])])
+    table = architectures.table(smoke, architectures.STREAM, [row([0.6, 0.7])])
     lines = [line.split(" | ") for line in table.splitlines()[2:4]]
     assert [line[0] for line in lines] == ["| CNN", "| MLP"]
     assert [line[3] for line in lines] == ["0.67", "0.67"]

@@ -9,6 +9,8 @@ import torch
 from _experiment import near
 from scipy.integrate import solve_ivp
 
+from gammaopt._errors import UsageError
+
 
 @pytest.mark.parametrize("depth", [2, 3, 5])
 @pytest.mark.parametrize("gamma", [0.01, 1.0, 50.0])
@@ -49,7 +51,7 @@ def test_the_edge_of_a_known_rule_is_found_to_a_hundredth_of_a_decade() -> None:
     logs = toy.edge(lambda gamma, eta: eta < 3 * gamma**1.5, gammas, gammas**1.5, upper=True)
     assert logs == pytest.approx(np.log10(3 * gammas**1.5), abs=0.006)
     assert toy.exponent(gammas, logs)[0] == pytest.approx(1.5, abs=0.01)
-    with pytest.raises(ValueError, match="outside the rates"):
+    with pytest.raises(UsageError, match="outside the rates"):
         toy.edge(lambda gamma, eta: eta < 1e9 * gamma, gammas, gammas, upper=True)
 
 

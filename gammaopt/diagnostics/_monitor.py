@@ -29,11 +29,11 @@ from gammaopt._files import locked
 from gammaopt._laws import EtaLaw
 from gammaopt._plan import Plan
 from gammaopt._probe import Inputs, Output
-from gammaopt.diagnostics._function import DOUBLE, Batches, Function, LossFunction, loss_function, loss_of, undisturbed
+from gammaopt.diagnostics._function import Batches, Function, LossFunction, loss_function, loss_of, undisturbed
 from gammaopt.diagnostics._kernels import centred_kernel_alignment, feature_kernel, kernel_target_alignment, ntk
-from gammaopt.diagnostics._lanczos import lanczos
 from gammaopt.diagnostics._operator import Curvature
-from gammaopt.diagnostics._spectrum import BASIS_BYTES, no_edge, rates_of
+from gammaopt.diagnostics._spectrum import largest_eigenvalue, no_edge, rates_of
+from gammaopt.diagnostics._told import Told
 from gammaopt.online._losses import hits
 from gammaopt.online._run_file import RunFile
 from gammaopt.online.record import RunRecord
@@ -42,8 +42,7 @@ from gammaopt.optim._multipliers import Multipliers
 
 Measure = Literal["sharpness", "ntk", "features"]
 LAZY_KEPT = 0.9  # alignment of the kernel with the first one, above which it is called kept
-SEARCH = 200  # products for a sharpness, at most
-BLOCK = 1024  # steps whose losses are moved at once
+TOL, SEARCH = 1e-2, 200  # of a sharpness: relative error, and products at most
 MOVED = 0.1  # of the first loss: a change by less is none
 EDGE = (1.6, 2.4)  # sharpness × rate that is called the edge of stability
 
@@ -182,7 +181,7 @@ class Monitor:
         self.measurements: list[Measurement] = []
         self.spent, self.step = 0.0, start
         self._due, self._cost = 0, 0.0
-        self._losses, self._shares = _Told(), _Told()
+        self._losses, self._shares = Told(), Told()
         self._first_kernel: Tensor | None = None
         group = optimizer.param_groups[0]
         self._run = Run(self._gamma, float(group["lr"]), seed)
@@ -291,7 +290,7 @@ class Monitor:
     def _sharpness(self, function: Function) -> tuple[float, float | None]:
         """λ_max, and that of √R H √R for SGD: one search where all rates are equal, and else two over one graph."""
         hessian = Curvature(cast("nn.Module", function), self._loss, self._data)
-        plain = _largest(hessian, hessian.size, hessian.device)
+        plain = largest_eigenvalue(hessian, hessian, TOL, SEARCH)
         if not isinstance(self.optimizer, torch.optim.SGD) or no_edge(self.optimizer, self.model) is not None:
             return plain, None
         rates = rates_of(self.optimizer, self.model)
@@ -303,7 +302,7 @@ class Monitor:
                 for name, p in function.parameters.items()
             ]
         )
-        return plain, _largest(lambda vector: root * hessian(root * vector), hessian.size, hessian.device)
+        return plain, largest_eigenvalue(lambda vector: root * hessian(root * vector), hessian, TOL, SEARCH)
 
     def _with_meaning(self, function: Function) -> tuple[str, ...]:
         """What to measure of the model as it is now."""
@@ -395,43 +394,6 @@ class Monitor:
             where = "below" if last.sharpness_lr < low else "at" if last.sharpness_lr <= high else "past"
             said.append(f"{where} the edge of stability (sharpness × rate: {last.sharpness_lr:.2f} of 2)")
         return "; ".join(said)
-
-
-class _Told:
-    """A number of each step, in blocks on the device that it came from, so that no step waits; full ones on the CPU."""
-
-    def __init__(self) -> None:
-        self._full: list[Tensor] = []
-        self._block = torch.empty(0)
-        self._used = 0
-
-    def add(self, value: Tensor | float) -> None:
-        """Keep a number; a tensor is not read."""
-        device = value.device if isinstance(value, Tensor) else torch.device("cpu")
-        if self._used == len(self._block) or device != self._block.device:
-            self._full.append(self._rest())
-            with torch.inference_mode(False):
-                precision = torch.float32 if device.type == "mps" else torch.float64
-                self._block, self._used = torch.empty(BLOCK, dtype=precision, device=device), 0
-        self._block[self._used] = value.detach().reshape(()) if isinstance(value, Tensor) else value
-        self._used += 1
-
-    def _rest(self) -> Tensor:
-        return self._block[: self._used].to("cpu", torch.float64, copy=True)
-
-    def all(self) -> Tensor:
-        """All numbers so far (float64, on the CPU)."""
-        return torch.cat([*self._full, self._rest()])
-
-
-def _largest(multiply: Callable[[Tensor], Tensor], size: int, device: torch.device) -> float:
-    """λ_max to 1 %, as :func:`gammaopt.diagnostics.sharpness` finds it."""
-    draw = torch.Generator().manual_seed(0)
-    start = torch.randn(size, generator=draw, dtype=DOUBLE).to(device)
-    capacity = min(size, SEARCH + 2, max(22, BASIS_BYTES // (8 * size)))
-    search: dict[str, Any] = {"tol": 1e-2, "max_products": SEARCH, "capacity": capacity, "vectors": False}
-    ritz, _ = lanczos(multiply, start, 1, "largest", generator=draw, **search)
-    return float(ritz.values[0])
 
 
 def _without_losses(run: Run, steps: int, loss: float, accuracy: float) -> RunRecord:

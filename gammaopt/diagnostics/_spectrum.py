@@ -11,6 +11,7 @@ Meyer, Musco, Musco and Woodruff, "Hutch++", SOSA 2021; Ghorbani, Krishnan and X
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -130,8 +131,7 @@ def hessian_eigenvalues(
     n = operator.size
     if k > n:
         raise UsageError(f"k={k} is more than the {n} trainable parameters; give at most {n}")
-    affordable = max(2 * k + 20, BASIS_BYTES // (8 * n))
-    capacity = min(n, most + 2, affordable) if basis is None else min(n, at_least("basis", basis, k + 5))
+    capacity = _affordable(n, k, most) if basis is None else min(n, at_least("basis", basis, k + 5))
     draw = torch.Generator().manual_seed(seed)
     start = _on_device(torch.randn(n, generator=draw, dtype=torch.float64), operator)
     if method == "eigsh":
@@ -141,6 +141,23 @@ def hessian_eigenvalues(
         tol=tol, max_products=most, capacity=capacity, generator=draw, vectors=vectors,
     )  # fmt: skip
     return Eigenvalues(ritz.values, ritz.residuals, ritz.errors, products, tol, ritz.vectors)
+
+
+def largest_eigenvalue(multiply: Callable[[Tensor], Tensor], like: Curvature, tol: float, max_products: int) -> float:
+    """λ_max of a symmetric matrix on the space of ``like``, of which only products are known."""
+    draw = torch.Generator().manual_seed(0)
+    start = _on_device(torch.randn(like.size, generator=draw, dtype=torch.float64), like)
+    capacity = _affordable(like.size, 1, max_products)
+    ritz, _ = lanczos(
+        multiply, start, 1, "largest",
+        tol=tol, max_products=max_products, capacity=capacity, generator=draw, vectors=False,
+    )  # fmt: skip
+    return float(ritz.values[0])
+
+
+def _affordable(n: int, k: int, products: int) -> int:
+    """Vectors for a basis: as many as there are products, within the memory for them."""
+    return min(n, products + 2, max(2 * k + 20, BASIS_BYTES // (8 * n)))
 
 
 class _SpentError(Exception):

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 import gammaopt
 from gammaopt import UsageError
 from gammaopt.diagnostics import Measurement, Monitor, kernel_target_alignment, ntk, sharpness
-from gammaopt.diagnostics import _monitor as module
 from gammaopt.diagnostics._lanczos import lanczos
 from gammaopt.online import MLP, RunRecord
 
@@ -222,7 +221,7 @@ def test_a_measurement_copies_the_model_once(monkeypatch: pytest.MonkeyPatch, gr
         return search(*args, **settings)
 
     monkeypatch.setattr(copy, "deepcopy", counting)
-    monkeypatch.setattr(module, "lanczos", counted)
+    monkeypatch.setattr("gammaopt.diagnostics._spectrum.lanczos", counted)
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
     rates = [0.3, 0.1][:groups]
     parts = [{"params": part.parameters(), "lr": rates[i % groups]} for i, part in enumerate((net[0], net[2]))]
@@ -235,7 +234,7 @@ def test_a_measurement_copies_the_model_once(monkeypatch: pytest.MonkeyPatch, gr
 
 
 def test_losses_are_kept_in_blocks_and_moved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BLOCK", 4)
+    monkeypatch.setattr("gammaopt.diagnostics._told.BLOCK", 4)
     net = MLP(6, 1, width=8)
     monitor = Monitor(net, torch.optim.SGD(net.parameters(), lr=0.1), "mse", (X, Y), measures=())
     with torch.inference_mode():

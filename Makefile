@@ -13,7 +13,8 @@ demo: $(VENV)/.demo  ## tune γ on augmented digits and confirm it on fresh seed
 	$(BIN)/gammaopt tune digits
 
 test: $(VENV)/.test  ## run the tests
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	@# One thread for each process: more of them wait for each other on the same cores, and a suite takes twice as long.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-slow: $(VENV)/.test  ## run the slow statistical checks
 	$(BIN)/python -m pytest -m slow

@@ -17,8 +17,12 @@ if TYPE_CHECKING:
 
 def range_line(plan: Plan) -> str:
     """What range of γ the step budget gave, and how to set another."""
+    from gammaopt.tuning._space import LEAST_HIGH, MOST_HIGH
+
     low, high = plan.gamma_range
-    return f"γ from {low:g} to {high:g}: what {plan.steps:,} steps can train; {plan.option('gamma_range')} sets it"
+    bound = {LEAST_HIGH: "the least range that is searched", MOST_HIGH: "the widest range that is searched"}
+    why = f"{bound[high]} by default" if high in bound else f"what {plan.steps:,} steps can train"
+    return f"γ from {low:g} to {high:g}: {why}; {plan.option('gamma_range')} sets it"
 
 
 @contextmanager
@@ -44,6 +48,29 @@ def after_line(line: str | None, show: Callable[[Progress], None]) -> Callable[[
         show(progress)
 
     return told
+
+
+@contextmanager
+def runs_progress() -> Iterator[Callable[[int, int], None]]:
+    """What shows on stderr how many of some runs are done: a bar on a terminal, a line for each tenth elsewhere."""
+    console, said = Console(stderr=True), -1
+
+    def line(done: int, total: int) -> None:
+        nonlocal said
+        if total and (tenth := 10 * done // total) != said:
+            said = tenth
+            on_stderr(f"{10 * tenth} % · confirming · {done}/{total} runs")
+
+    if not console.is_terminal:
+        yield line
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("confirming"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("runs"))
+    with Bar(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        row = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(row, completed=done, total=total)
 
 
 def _best(progress: Progress, plan: Plan) -> str:

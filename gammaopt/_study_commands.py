@@ -122,12 +122,14 @@ def confirm(
             given = f"jobs={jobs}" if jobs > 1 else f"objective={objective}"
             raise UsageError(f"{given} would train here, and the workers of a storage train its study; drop it")
         state = _read(folder, storage, study)
+        from gammaopt._progress import runs_progress
         from gammaopt.tuning._state import confirm_in_folder, confirm_with_workers
 
-        if folder is not None:
-            result = confirm_in_folder(folder, state, seeds, _workers_of(state, jobs, objective))
-        else:
-            result = confirm_with_workers(str(storage), state, seeds, on_stderr)
+        with runs_progress() as show:
+            if folder is not None:
+                result = confirm_in_folder(folder, state, seeds, _workers_of(state, jobs, objective), show)
+            else:
+                result = confirm_with_workers(str(storage), state, seeds, on_stderr, show)
         name = f"confirm-{len(result.confirm.seeds)}.html"
         from gammaopt.report import html_report
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -62,7 +61,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
 def test_json_is_all_of_stdout_and_is_result_json(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     out, done = finished
     assert done.returncode == 0, done.stderr
-    assert re.match(r"γ from 0\.01 to 10: what \d+ steps can train; --gamma-range sets it\n0 % · tuning γ", done.stderr)
+    first, second, *_ = done.stderr.splitlines()
+    assert first == "γ from 0.01 to 10: the least range that is searched by default; --gamma-range sets it"
+    assert second.startswith("0 % · tuning γ")
     assert json.loads(done.stdout) == json.loads((out / "result.json").read_text())
     assert "100 % · confirming" in done.stderr
     assert f"Report: {out / 'report.html'}" in done.stderr
@@ -77,6 +78,12 @@ def test_the_printed_range_is_what_the_budget_can_train() -> None:
     }.items():
         line = f"γ from 0.01 to {high}: what {plan.steps:,} steps can train; --gamma-range sets it"
         assert range_line(plan) == line
+
+
+def test_a_range_that_the_budget_does_not_set_is_not_said_to_come_from_it() -> None:
+    least, most = (range_line(StudyPlan("digits", steps=steps)) for steps in (30, 100_000))
+    assert least == "γ from 0.01 to 10: the least range that is searched by default; --gamma-range sets it"
+    assert most == "γ from 0.01 to 1000: the widest range that is searched by default; --gamma-range sets it"
 
 
 def test_a_given_range_is_the_one_searched_and_none_is_printed(here: Callable[..., Done], tmp_path: Path) -> None:

@@ -156,9 +156,12 @@ class TuneResult:
 
     @property
     def smallest_difference(self) -> float:
-        """Of tuned γ and γ = 1 at any of its rates: what the choice of a rate can't explain."""
+        """Of tuned γ and γ = 1 at any of its rates: what the choice of a rate can't explain.
+
+        0 if tuned γ is above γ = 1 at one of the rates, and below it at another.
+        """
         every = [self.confirm.mean_difference, *(rival.confirm.mean_difference for rival in self.rivals)]
-        return min(every) if self.confirm.mean_difference > 0 else max(every)
+        return max(min(every), 0.0) if self.confirm.mean_difference > 0 else min(max(every), 0.0)
 
     @property
     def verdict(self) -> Verdict:

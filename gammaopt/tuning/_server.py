@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import optuna
 import sqlalchemy.exc
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
@@ -204,15 +205,12 @@ def open_server(url: str, **settings: Any) -> PatientStorage:
     Raises:
         UsageError: for SQLite, which can't, or a server that can't be reached now.
     """
-    try:
-        backend = make_url(url).get_backend_name()
-    except (sqlalchemy.exc.ArgumentError, ValueError) as error:
-        raise cannot_open(url, error) from None
-    if backend == "sqlite":
+    if backend_of(url) == "sqlite":
         raise UsageError(
             f"the storage {without_secrets(url)} serves one process only: several would run cells twice; "
             "give a PostgreSQL one, postgresql+psycopg://…"
         )
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         try:
             return PatientStorage(url, **settings)
@@ -228,9 +226,23 @@ def open_server(url: str, **settings: Any) -> PatientStorage:
         raise cannot_open(url, error) from None
 
 
+def backend_of(url: str) -> str:
+    """Which database a storage is, e.g. ``"postgresql"``.
+
+    Raises:
+        UsageError: for what is no URL of a storage.
+    """
+    try:
+        return make_url(url).get_backend_name()
+    except (sqlalchemy.exc.ArgumentError, ValueError) as error:
+        raise cannot_open(url, error) from None
+
+
 def cannot_open(url: str, error: Exception) -> UsageError:
     """A storage that can't be opened, in words."""
     shown = without_secrets(url)
+    if isinstance(error, sqlalchemy.exc.NoSuchModuleError):  # postgres://, as some providers write it
+        return UsageError(f"the storage {shown} is of no known kind; for PostgreSQL write postgresql+psycopg://…")
     if _sqlstate(error) == NO_TABLE:  # Optuna's
         return UsageError(f"{shown} holds no study; start the coordinator first")
     fix = _remedy(error) or "start its server, or give another --storage"

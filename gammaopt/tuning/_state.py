@@ -27,7 +27,7 @@ from gammaopt.tuning._folder import plan_from as plan_from
 from gammaopt.tuning._plan import StudyPlan
 from gammaopt.tuning._record import Record
 from gammaopt.tuning._result import Trial, TuneResult
-from gammaopt.tuning._search import completed, read_only, search
+from gammaopt.tuning._search import completed, read_only, search, without_secrets
 from gammaopt.tuning._tune import (
     INSTALL,
     Remote,
@@ -36,9 +36,12 @@ from gammaopt.tuning._tune import (
     check_versions,
     choose,
     confirmation_cells,
+    places_to_confirm,
     result_from,
     study_name,
 )
+
+OnRun = Callable[[int, int], object]  # runs done, of how many
 
 
 @dataclass(frozen=True)
@@ -166,8 +169,12 @@ def read_storage(url: str, name: str) -> StudyState:
         UsageError: if the storage can't be opened, or has no such study with a queue.
     """
     from gammaopt.tuning._queue import find_queue
-    from gammaopt.tuning._server import open_server, server_errors
+    from gammaopt.tuning._server import backend_of, open_server, server_errors
 
+    if backend_of(url) == "sqlite":
+        raise UsageError(
+            f"a study with the storage {without_secrets(url)} keeps its runs in its folder; give that folder instead"
+        )
     storage = open_server(url, grace=60, create=False, patience=0.0)
     try:
         with server_errors(url, patience=0.0):
@@ -295,7 +302,11 @@ def summary(state: StudyState) -> dict[str, Any]:
 
 
 def confirm_in_folder(
-    path: Path, state: StudyState, seeds: int | None, workers_of: Callable[[Folder], AbstractContextManager[Trains]]
+    path: Path,
+    state: StudyState,
+    seeds: int | None,
+    workers_of: Callable[[Folder], AbstractContextManager[Trains]],
+    on_run: OnRun = lambda done, total: None,
 ) -> TuneResult:
     """The result on ``seeds`` fresh seeds; the missing runs are trained here, and kept in the folder.
 
@@ -304,6 +315,7 @@ def confirm_in_folder(
         state: the study.
         seeds: how many fresh seeds; as many as the plan says if ``None``.
         workers_of: gives who trains what is missing.
+        on_run: told how many of the missing runs are done, and how many there are: before the first, and after each.
 
     Raises:
         UsageError: if the searches are not at their end, the study began under other versions, or the folder is in use.
@@ -313,15 +325,29 @@ def confirm_in_folder(
         return state.result(seeds)
     check_versions(state.where, state.versions)
     with opened(path, state.plan) as folder, workers_of(folder) as workers:
-        for record in workers.run([cell for cell in cells if cell not in folder.runs]):
+        missing = [cell for cell in cells if cell not in folder.runs]
+        on_run(0, len(missing))
+        for done, record in enumerate(workers.run(missing), 1):
             folder.add(record)
+            on_run(done, len(missing))
     return read_folder(path).result(seeds)
 
 
 def confirm_with_workers(
-    url: str, state: StudyState, seeds: int | None, say: Callable[[str], object] = lambda _: None
+    url: str,
+    state: StudyState,
+    seeds: int | None,
+    say: Callable[[str], object] = lambda _: None,
+    on_run: OnRun = lambda done, total: None,
 ) -> TuneResult:
     """The result on ``seeds`` fresh seeds; the missing runs are trained by the study's workers.
+
+    Args:
+        url: of the storage.
+        state: the study.
+        seeds: how many fresh seeds; as many as the plan says if ``None``.
+        say: told in one line what concerns the workers and the storage.
+        on_run: as in :func:`confirm_in_folder`.
 
     Raises:
         UsageError: if the searches are not at their end, or the storage can't be opened.
@@ -338,22 +364,50 @@ def confirm_with_workers(
     with RemoteWorkers(
         state.plan, url, remote, began_under=state.versions, study_id=state.study_id, guest=True
     ) as workers:
-        for _ in workers.run([cell for cell in cells if cell not in state.runs]):
-            pass
+        missing = [cell for cell in cells if cell not in state.runs]
+        on_run(0, len(missing))
+        for done, _ in enumerate(workers.run(missing), 1):
+            on_run(done, len(missing))
     return read_storage(url, state.where).result(seeds)
 
 
+def _arms_of(state: StudyState) -> dict[Cell, list[str]]:
+    """Cell → what it was run for."""
+    found: dict[Cell, list[str]] = {}
+    try:
+        trials = state.trials
+    except UsageError:
+        return found
+    for name, of_arm in trials.items():
+        for trial in of_arm:
+            for seed in state.plan.tuning_seeds:
+                found.setdefault(Cell(trial.gamma, trial.lr, seed), []).append(name)
+    if state.searched:
+        fresh = {cell.seed for cell in state.runs} - set(state.plan.tuning_seeds)
+        for name, place in places_to_confirm(choose(state.plan, trials)).items():
+            for seed in fresh:
+                found.setdefault(Cell(*place, seed), []).append(f"confirm {name}")
+    return found
+
+
 def table(state: StudyState, what: str, form: str) -> str:
-    """The runs or the trials as text: ``"csv"``, or ``"jsonl"`` with everything that was recorded."""
+    """The runs or the trials as text: ``"csv"``, or ``"jsonl"`` with everything that was recorded.
+
+    A row of runs says what each was for: ``tuned`` or ``one_equal_budget`` in the search, several if arms share it, and
+    ``confirm ARM`` on a fresh seed. It is empty where the searches can't be told here, see :attr:`StudyState.trials`.
+    """
     rows: list[dict[str, Any]]
     if what == "trials":
         rows = [dataclasses.asdict(trial) for trials in state.trials.values() for trial in trials]
         fields = [field.name for field in dataclasses.fields(Trial)]
     else:
         rows = [json.loads(record.to_json()) for record in state.runs.values()]
-        fields = state.plan.record_fields()
+        fields = [*state.plan.record_fields(), "arms"]
     if form == "jsonl":
         return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    if what == "runs":
+        of = _arms_of(state)
+        rows = [{**row, "arms": ", ".join(of.get(cell, ()))} for row, cell in zip(rows, state.runs, strict=True)]
     text = io.StringIO()
     writer = csv.DictWriter(text, fields, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

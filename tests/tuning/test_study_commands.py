@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +144,7 @@ def test_confirm_on_more_seeds_trains_those_only_and_keeps_them(
     runs = len(read_folder(copied).runs)
     done = here("confirm", copied, "--seeds", 5, "--json")
     assert done.returncode == 0
+    assert "100 % · confirming" in done.stderr
     found = json.loads(done.stdout)
     assert found["confirm"]["seeds"] == list(replace(PLAN, confirm_seeds=5).fresh_seeds)
     assert found["confirm"]["differences"][:3] == list(study.result.confirm.differences)
@@ -166,6 +168,16 @@ def test_export_gives_every_run_and_every_trial(study: Study, here: Callable[...
     assert {(float(r["gamma"]), float(r["lr"]), int(r["seed"])) for r in rows} == {
         (cell.gamma, cell.lr, cell.seed) for cell in state.runs
     }
+    # What each was for: three seeds of every trial, and of every choice the fresh ones.
+    told = Counter(arm for row in rows for arm in row["arms"].split(", "))
+    trials_of = Counter(trial.arm for trial in study.result.trials)
+    assert told["tuned"] == trials_of["tuned"] * PLAN.seeds
+    assert told["one_equal_budget"] == trials_of["one_equal_budget"] * PLAN.seeds
+    assert told["confirm tuned"] == told["confirm rival +0.25"] == PLAN.confirm_seeds
+    tuned = study.result.arms["tuned"]
+    assert {(float(r["gamma"]), float(r["lr"])) for r in rows if "confirm tuned" in r["arms"]} == {
+        (tuned.gamma, tuned.lr)
+    }
     trials = list(csv.DictReader(io.StringIO(here("export", study.out, "--what", "trials").stdout)))
     assert [float(row["score"]) for row in trials] == [trial.score for trial in study.result.trials]
     assert here("export", study.out, "--format", "jsonl", "--out", tmp_path / "runs.jsonl").returncode == 0
@@ -178,7 +190,12 @@ def test_export_gives_every_run_and_every_trial(study: Study, here: Callable[...
     [
         (["status"], "which study? Give its folder, or --storage URL --study NAME"),
         (["status", "nowhere"], "nowhere holds no study; give the folder that `gammaopt tune` wrote"),
-        (["status", "--storage", "sqlite:///x.db", "--study", "mine"], "serves one process only"),
+        (["status", "--storage", "sqlite:///x.db", "--study", "mine"], "keeps its runs in its folder; give that"),
+        (
+            ["status", "--storage", "postgres://h/d", "--study", "mine"],
+            "is of no known kind; for PostgreSQL write",
+        ),
+        (["worker", "--storage", "postgres://h/d", "--study", "mine"], "for PostgreSQL write postgresql+psycopg://"),
         (["export", "nowhere", "--what", "everything"], "unknown what 'everything'; choose one of: runs, trials"),
         (["worker", "--storage", "sqlite:///x.db", "--study", "mine"], "give a PostgreSQL one, postgresql+psycopg://"),
         (

@@ -177,9 +177,11 @@ def test_the_range_of_gamma_comes_from_the_steps_and_is_printed(
 ) -> None:
     result = study(hill, tmp_path, **{**SMALL, **options}, diverged_score=-9)
     assert result.plan.gamma_range == (low, high)
-    steps = f"{options.get('steps', 100):,}"
+    bound = {10.0: "least", 1000.0: "widest"}.get(high)
+    steps = options.get("steps", 100)
+    why = f"what {steps:,} steps can train" if bound is None else f"the {bound} range that is searched by default"
     first, second, *_ = capsys.readouterr().err.splitlines()
-    assert first == f"γ from {low:g} to {high:g}: what {steps} steps can train; `gamma_range` sets it"
+    assert first == f"γ from {low:g} to {high:g}: {why}; `gamma_range` sets it"
     assert second.startswith("0 % · tuning γ · 0/8 trials")
 
 

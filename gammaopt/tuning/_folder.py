@@ -134,7 +134,7 @@ class Folder:
         """Keep a finished run before this returns, as :meth:`RunFile.add` does."""
         if not self._made_here:
             self._made_here = True
-            self._add_commit(git_commit(self._source))
+            self.add_commit(git_commit(self._source))
         self._file.add(record)
         self.runs[Cell(record.gamma, record.lr, record.seed)] = record
 
@@ -180,7 +180,8 @@ class Folder:
         """The commits that its runs were made under, as far as they are known, the first one first."""
         return commits_of(_read_json(self.path / "study.json"))
 
-    def _add_commit(self, commit: str | None) -> None:
+    def add_commit(self, commit: str | None) -> None:
+        """Note a commit that runs were made under, if it isn't there yet."""
         content = _read_json(self.path / "study.json")
         if commit is not None and commit not in commits_of(content):
             further = [*content.get("further_commits", []), commit]

@@ -34,7 +34,7 @@ from gammaopt.tuning._search import experiments_allowed
 from gammaopt.tuning._space import GAMMA, RATE
 
 PART = "cells"  # the queue of study NAME is Optuna's study NAME/cells, beside NAME/tuned and NAME/one_equal_budget
-RECORD = "gammaopt:record"
+RECORD, COMMIT = "gammaopt:record", "git_commit"
 LIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
 MAKING_SECONDS = 5.0  # that another process gets to make a queue
 LOST_LIMIT = 10  # workers that a cell may lose before it is blamed for it
@@ -150,8 +150,8 @@ class Queue:
         """Count the workers that cells lose from here on: what they died of before may be mended."""
         self._lost_before = frozenset(trial.number for trial in self._trials(TrialState.FAIL))
 
-    def claim(self, worker: str) -> Claim | None:
-        """Take the first waiting cell, or ``None`` if there is none."""
+    def claim(self, worker: str, commit: str | None = None) -> Claim | None:
+        """Take the first waiting cell, or ``None`` if there is none; ``commit`` is that of the worker's code."""
         for trial in self._trials(TrialState.WAITING):
             # A sign of life first: a worker killed just after the claim must leave a trial that can go stale.
             self._beat(trial._trial_id)
@@ -163,6 +163,8 @@ class Queue:
                     self.storage.set_trial_state_values(trial._trial_id, TrialState.PRUNED)
                     continue
                 self.storage.set_trial_user_attr(trial._trial_id, "worker", worker)
+                if commit is not None:
+                    self.storage.set_trial_user_attr(trial._trial_id, COMMIT, commit)
             except UpdateFinishedTrialError:
                 continue
             attrs = trial.user_attrs
@@ -239,6 +241,11 @@ class Queue:
             for name, trial in done
             if wanted is None or name in wanted
         ]
+
+    def commits(self) -> list[str]:
+        """The commits of the workers' code that finished cells, as far as they are known, in order of the cells."""
+        found = [trial.user_attrs.get(COMMIT) for trial in self._trials(TrialState.COMPLETE)]
+        return list(dict.fromkeys(commit for commit in found if commit is not None))
 
     def counts(self) -> Counter[str]:
         """State → how many trials: WAITING, RUNNING, COMPLETE, FAIL if the worker was lost, PRUNED if given up."""

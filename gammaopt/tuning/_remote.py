@@ -7,7 +7,7 @@ study of one process: the same plan, searches, cells and verdict.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
 
@@ -26,7 +26,8 @@ QUIET_SECONDS = 20.0  # without any worker, before a word about it
 class RemoteWorkers:
     """Trains cells by putting them into the queue. A context manager; the queue is closed when the study is done.
 
-    With ``guest=True`` that is left to the study's own coordinator: workers stay for the cells of both.
+    With ``guest=True`` that is left to the study's own coordinator: workers stay for the cells of both. ``on_commit``
+    is told each commit of the code that the workers trained with, once their cells are done.
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class RemoteWorkers:
         began_under: dict[str, str],
         study_id: str,
         guest: bool = False,
+        on_commit: Callable[[str], object] = lambda _: None,
     ) -> None:
+        self._on_commit = on_commit
         self._plan, self._url, self._remote, self._guest = plan, url, remote, guest
         heartbeat = heartbeat_of(remote.grace)
         self._poll = min(1.0, heartbeat / 4)
@@ -77,6 +80,8 @@ class RemoteWorkers:
                 del waiting[name]
                 yield record
             if not waiting:
+                for commit in self._queue.commits():
+                    self._on_commit(commit)
                 return
             now = time.monotonic()
             if now - reaped > self._reap_every:

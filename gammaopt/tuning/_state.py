@@ -190,7 +190,7 @@ def read_storage(url: str, name: str) -> StudyState:
                 runs,
                 lambda: _again(name, plan, runs, began_under) if found is None else found,
                 queue=queue.counts(),
-                git_commits=_commits_of(storage, name),
+                git_commits=list(dict.fromkeys([*_commits_of(storage, name), *queue.commits()])),
                 grace=queue.grace,
             )
     finally:

@@ -254,7 +254,9 @@ def _workers(
 
     if folder.finished:
         return finished(plan, storage, remote, folder.study_id)
-    return RemoteWorkers(plan, storage, remote, began_under=folder.versions, study_id=folder.study_id)
+    return RemoteWorkers(
+        plan, storage, remote, began_under=folder.versions, study_id=folder.study_id, on_commit=folder.add_commit
+    )
 
 
 def arms(plan: Plan) -> list[Search]:

@@ -29,6 +29,7 @@ from gammaopt.online._checkpoint import DamagedCheckpointError
 from gammaopt.online.ensemble import CHECKPOINT_SECONDS, Progress, StopTraining, together, train_many
 from gammaopt.online.record import RunRecord
 from gammaopt.online.train import Run
+from gammaopt.tuning._frozen import git_commit
 from gammaopt.tuning._queue import Claim, Queue, TakenError, find_queue
 from gammaopt.tuning._server import PATIENCE, PatientStorage, StoppedWaitingError, open_server, server_errors
 from gammaopt.tuning._tune import INSTALL, check_versions
@@ -142,7 +143,7 @@ class _Worker:
         say: Callable[[str], object],
     ) -> None:
         check_versions(f"the storage's {queue.name}", queue.attrs["versions"], INSTALL)
-        self._recipe = queue.plan.recipe()
+        self._recipe, self._commit = queue.plan.recipe(), git_commit(queue.plan.source)
         self._alone: bool | None = None  # whether the network can't be stacked, once that was tried
         self._queue, self._stopping, self._say = queue, stopping, say
         self._checkpoints, self._seconds = checkpoints, checkpoint_seconds
@@ -158,7 +159,7 @@ class _Worker:
         done, idle_since = 0, time.monotonic()
         self._say(f"{self._name} works on {self._queue.name}")
         while not self._stopping.told:
-            claim = self._queue.claim(self._name)
+            claim = self._queue.claim(self._name, self._commit)
             if claim is not None:
                 done += self._train(claim)
                 idle_since = time.monotonic()

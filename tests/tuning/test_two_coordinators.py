@@ -66,6 +66,20 @@ def test_a_confirmation_leaves_a_queue_open_or_closed_as_it_was(storage: MemoryS
         assert queue.closed is closed
 
 
+def test_the_commits_that_workers_trained_under_are_told_with_their_cells(storage: MemoryStorage) -> None:
+    told: list[str] = []
+    remote = Remote("mine", 60)
+    with RemoteWorkers(PLAN, "x", remote, began_under=versions(), study_id="x", on_commit=told.append) as own:
+        queue = find_queue(storage, "mine")
+        queue.enqueue([MINE, THEIRS, Cell(1.0, 0.5, 2)])
+        for commit in ("B", None, "A"):
+            claim = queue.claim("me", commit)
+            assert claim is not None
+            queue.finish(claim, RECORD)
+        assert len(list(own.run([MINE, THEIRS]))) == 2
+    assert told == queue.commits() == ["B", "A"]
+
+
 def test_a_finished_study_leaves_grace_and_waiting_cells_alone_and_ends_what_a_kill_left_open(
     storage: MemoryStorage,
 ) -> None:

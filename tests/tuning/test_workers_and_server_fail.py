@@ -257,6 +257,7 @@ def test_a_study_through_workers_is_the_study_of_one_process(
             assert mine.prequential_loss == pytest.approx(theirs.prequential_loss, rel=1e-5)
     assert names(database) == ["mine/cells", "mine/one_equal_budget", "mine/tuned"]
     assert read_storage(database, "mine").git_commits == [single.git_commit]
+    assert {trial.user_attrs["git_commit"] for trial in trials(database)} == {single.git_commit}
     counts = Counter(trial.state.name for trial in trials(database))
     assert counts == {"COMPLETE": len((tmp_path / "many" / "runs.jsonl").read_text().splitlines())}
 

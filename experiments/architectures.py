@@ -74,7 +74,7 @@ class Case:
     steps: int
     batch_size: int
     normalised: bool
-    seeds: int = 2
+    seeds: int = 3
 
 
 @dataclass(frozen=True)

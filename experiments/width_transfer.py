@@ -117,11 +117,14 @@ def moved(row: dict[str, Any], rows: list[dict[str, Any]]) -> Claim:
 
 
 def reason(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """What else was measured of the case: slopes between widths, and how far the other form's rate moves.
+    """What else was measured of the case: slopes and losses over widths, and how far the other form's rate moves.
 
-    The other form is the plain one for base= and the reverse, with the same start, optimizer and γ.
+    A loss that falls with width says that the narrow networks are far from their limit: a lazy one of N units has the
+    noise of so many random features. The other form is the plain one for base= and the reverse, with the same start,
+    optimizer and γ.
     """
     known = [local_slopes([math.log10(width) for width in row["widths"]], row["log10_best"])]
+    known.append("lowest loss " + ", ".join(f"{loss:.3f}" for loss in row["loss"]))
     other = {"base": "plain", "plain": "base"}.get(row["form"])
     alike = "start", "optimizer", "gamma"
     twins = [one for one in rows if one["form"] == other and all(one[key] == row[key] for key in alike)]
@@ -176,6 +179,9 @@ def measure_rows(preset: Preset, place: Place) -> list[dict[str, Any]]:
                 "gamma": case.gamma,
                 "widths": widths[case],
                 "log10_best": [round(rate, 3) for rate in best_rates],
+                "loss": [
+                    math.exp(min(scores[case, width, rate] for rate in grids[case, width])) for width in widths[case]
+                ],
                 "measured": round(10 ** (max(best_rates) - min(best_rates)), 3),
             }
         )

@@ -46,20 +46,20 @@ def _umask() -> int:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Make the folder and hold it for this process.
+def locked(path: Path, name: str = "lock", *, wait: bool = False) -> Iterator[None]:
+    """Make the folder and hold its file ``name`` for this process, and thereby what that stands for.
 
     Raises:
-        UsageError: if it can't be written, or another process holds it.
+        UsageError: if it can't be written, or another process holds it, unless this is to ``wait``.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / "lock", "a", encoding="utf-8")  # noqa: SIM115 - held until the work stops
+        lock = open(path / name, "a", encoding="utf-8")  # noqa: SIM115 - held until the work stops
     except OSError as error:
         raise UsageError(f"{path} can't be written: {error.strerror}; choose another folder with --out") from None
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UsageError(
                 f"{path} is in use by another process; wait for it, or choose another folder with --out"

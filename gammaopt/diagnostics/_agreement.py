@@ -9,8 +9,7 @@ networks across γ; Vyas et al., "Feature-learning networks are consistent acros
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from gammaopt._errors import UsageError
 from gammaopt._probe import Inputs, Output, describe
-from gammaopt.diagnostics._function import DOUBLE, Function, undisturbed
+from gammaopt.diagnostics._function import DOUBLE, Function, same_draws_after, undisturbed
 
 Pairs = Iterable[Any]
 
@@ -105,7 +104,7 @@ def agreements(
     apart = torch.zeros(count, count, dtype=torch.float64)
     same = torch.zeros(count, count, dtype=torch.float64)
     samples = 0
-    with _same_draws_after(stream):
+    with same_draws_after(stream):
         for inputs in _inputs(stream):
             values = []
             for function in functions:
@@ -145,19 +144,6 @@ def _answers(output: Tensor) -> Tensor:
     if output.dim() == 1:
         return output > 0
     return (output > 0).squeeze(1) if output.shape[1] == 1 else output.argmax(1)
-
-
-@contextmanager
-def _same_draws_after(stream: Any) -> Iterator[None]:
-    """A loader draws when it is read, an order and a seed: its generator and torch's get their state back."""
-    own = getattr(stream, "generator", None)
-    state = own.get_state() if isinstance(own, torch.Generator) else None
-    try:
-        with torch.random.fork_rng([]):
-            yield
-    finally:
-        if isinstance(own, torch.Generator) and state is not None:
-            own.set_state(state)
 
 
 def _inputs(stream: Any) -> Iterable[Any]:

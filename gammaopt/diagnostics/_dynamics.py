@@ -102,13 +102,9 @@ def dynamics(
         raise UsageError(f"moved={moved:g} is no share; give 0 < moved < 1")
     positive("rise", rise), positive("smallest", smallest)
     told = getattr(curve, "diverged_at", None)
-    whole = getattr(curve, "curve", curve)
-    if told is not None and not len(getattr(whole, "steps", [None])):  # at the first step: there is no curve
-        return Dynamics(None, None, (), float(told), math.inf)
-    steps, losses = _arrays(curve)
-    if not np.isfinite(losses[0]):  # which is no start to divide by
-        return Dynamics(None, None, (), float(steps[0]), math.inf)
-    relative = losses / positive("start", float(losses[0]) if start is None else start)
+    steps, relative = relative_curve(curve, start=start)
+    if not len(steps):
+        return Dynamics(None, None, (), float(_arrays(curve)[0][0] if told is None else told), math.inf)
     bad = ~np.isfinite(relative) | (relative > DIVERGED_RATIO)
     if bad.any() or told is not None:
         at = float(steps[np.argmax(bad)]) if bad.any() else float(told or 0)
@@ -124,8 +120,13 @@ def dynamics(
 
 
 def relative_curve(curve: Any, *, start: float | None = None) -> tuple[Array, Array]:
-    """Steps and ℓ(t)/ℓ(0) of a curve; see :func:`dynamics`."""
+    """Steps and ℓ(t)/ℓ(0) of a curve, see :func:`dynamics`; none of a run that diverged before it had a finite loss."""
+    whole, none = getattr(curve, "curve", curve), (np.empty(0), np.empty(0))
+    if getattr(curve, "diverged_at", None) is not None and not len(getattr(whole, "steps", [None])):
+        return none
     steps, losses = _arrays(curve)
+    if not np.isfinite(losses[0]):  # which is no start to divide by
+        return none
     return steps, losses / positive("start", float(losses[0]) if start is None else start)
 
 

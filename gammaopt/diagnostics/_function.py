@@ -2,9 +2,9 @@ r"""The function that diagnostics look at: f(x; θ) in float64 on a private copy
 
     f(x; θ) = h(x; θ)/γ − h(x; θ₀)/γ        the second part is constant in θ; a plain model has γ = 1 and no second part
 
-Dropout and stochastic depth are off. BatchNorm is in the mode that the model gives it: with batch statistics f of a
-sample depends on its batch, which a Hessian may and an NTK may not. θ are the parameters that require a gradient, each
-once where they are tied; frozen parts belong to f but not to θ.
+Dropout and stochastic depth are off. BatchNorm and InstanceNorm are in the mode that the model gives them: with batch
+statistics f of a sample depends on its batch, which a Hessian may and an NTK may not. θ are the parameters that require
+a gradient, each once where they are tied; frozen parts belong to f but not to θ.
 
 Forward hooks run on the copy as on the model, because a hook may be part of the function (old-style ``weight_norm``, an
 adapter, the factor of a residual branch): one that notes what passes is given the copy's float64 tensors too.
@@ -78,7 +78,7 @@ class Function:
             self._reference = self.module._gammaopt_reference
             self.module.__dict__["_gammaopt_reference"] = None
         for module in _every_module(self.module, self._reference):
-            if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if not isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
                 module.training = False
         self.parameters = trainable(self.module)
         self.size = sum(parameter.numel() for parameter in self.parameters.values())
@@ -236,30 +236,48 @@ def loss_of(criterion: LossFunction, output: Tensor, targets: Any) -> Tensor:
     return value
 
 
+@contextmanager
+def same_draws_after(data: Any) -> Iterator[None]:
+    """A loader draws when it is read, an order and a seed: its generators and torch's get their state back."""
+    owners = (data, getattr(data, "sampler", None))
+    own = [made for owner in owners if isinstance(made := getattr(owner, "generator", None), torch.Generator)]
+    states = [generator.get_state() for generator in own]
+    try:
+        with torch.random.fork_rng([]):
+            yield
+    finally:
+        for generator, state in zip(own, states, strict=True):
+            generator.set_state(state)
+
+
 class Batches:
     """Data as (inputs, targets) batches that can be passed over again and again.
 
     Args:
         data: one (inputs, targets) tuple; or a list, a ``DataLoader`` or any iterable of such pairs.
+
+    Attributes:
+        data: what is passed over.
+        kept: whether the batches are the same, in the same order, each time.
     """
 
     def __init__(self, data: Data) -> None:
         self.kept = isinstance(data, (tuple, list))  # the same batches in the same order each time
-        self._data: Iterable[Batch] = [cast("Batch", data)] if isinstance(data, tuple) else data
-        if not isinstance(self._data, Iterable):
+        self.data: Iterable[Batch] = [cast("Batch", data)] if isinstance(data, tuple) else data
+        if not isinstance(self.data, Iterable):
             raise UsageError(f"data is a {type(data).__name__}; give (inputs, targets), or a list or loader of such")
-        if isinstance(self._data, Iterator):
+        if isinstance(self.data, Iterator):
             raise UsageError("data can be read only once, and each product passes over it again; give list(data)")
-        if isinstance(self._data, Sequence) and not self._data:
+        if isinstance(self.data, Sequence) and not self.data:
             raise UsageError("data has no batch; give at least one (inputs, targets)")
 
     @property
     def single(self) -> bool:
         """Whether there is one batch, always the same."""
-        return self.kept and isinstance(self._data, list) and len(self._data) == 1
+        return self.kept and isinstance(self.data, list) and len(self.data) == 1
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._data:
+        for batch in self.data:
             if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
                 raise UsageError(f"a batch is {describe(batch)}; give pairs (inputs, targets)")
             yield batch[0], batch[1]

@@ -55,6 +55,23 @@ class Ritz:
     vectors: Tensor | None
 
 
+@dataclass(frozen=True)
+class Leading:
+    """What :func:`lanczos` found.
+
+    Attributes:
+        ritz: the wanted pairs.
+        products: how many were made.
+        looked: whether a look for eigenvalues that the pairs miss came to its end and found none.
+        floor: what rounding leaves of an error at least; it counts as converged.
+    """
+
+    ritz: Ritz
+    products: int
+    looked: bool
+    floor: float
+
+
 class Krylov:
     """The growing basis, on the device of ``start``.
 
@@ -75,7 +92,7 @@ class Krylov:
         self._matrix = np.zeros((self.capacity, self.capacity))  # column j: H q_j in the basis
         self.count, self.done = 0, 0  # vectors in the basis, and how many of them were multiplied
         self._dropped = np.zeros(self.capacity)  # column j: norm of what H q_j has outside of it
-        self._scale = 0.0
+        self._scale, self._restarted = 0.0, False
         self._join(start)
 
     @property
@@ -97,7 +114,8 @@ class Krylov:
         """What the basis lacks of ``vector``, its coefficients in the basis, and the norm of what it lacks.
 
         Once more only where more than half of a vector was taken away: what rounding leaves of the basis in a rest is
-        of the size of the whole vector, and twice is enough (Daniel, Gragg, Kaufman and Stewart 1976).
+        of the size of the whole vector, and twice is enough (Daniel, Gragg, Kaufman and Stewart 1976). After a restart
+        always: once leaves as much of the basis as its vectors lack in being orthogonal, and that would grow each time.
         """
         basis = self._basis[: self.count]
         coefficients = torch.zeros_like(basis[:, 0])
@@ -107,7 +125,7 @@ class Krylov:
             vector = torch.addmv(vector, basis.T, part, alpha=-1)
             coefficients += part
             norm = float(vector.norm())
-            if norm > before / 2:
+            if norm > before / 2 and not self._restarted:
                 break
         return vector, coefficients, norm
 
@@ -196,13 +214,23 @@ class Krylov:
         return values, small[0] ** 2
 
     def restart(self, keep: int, which: Which) -> None:
-        """Shrink the basis to the ``keep`` best Ritz vectors and what is pending."""
+        """Shrink the basis to the ``keep`` best Ritz vectors and what is pending.
+
+        Of that no more stays than leaves room for a product: the last one, and those that the Ritz vectors kept have
+        most of in their residuals. What goes is noted in these.
+        """
+        self._restarted = True
         values, small, _ = self._solve()
         best = order(values, which)[:keep]
         done, count = self.done, self.count
-        waiting = self._basis[done:count].clone()
         coupling = self._matrix[done:count, :done] @ small[:, best]
-        dropped = np.linalg.norm(self._dropped[:done, None] * small[:, best], axis=0)
+        most = max(1, self.capacity - len(best) - 1)
+        heavy = np.argsort(-np.linalg.norm(coupling[:-1], axis=1), kind="stable")[: most - 1]
+        stay = [*sorted(heavy.tolist()), count - done - 1] if count > done else []
+        waiting = self._basis[[done + i for i in stay]]  # a copy
+        gone = np.delete(coupling, stay, axis=0)
+        dropped = np.linalg.norm(np.vstack([self._dropped[:done, None] * small[:, best], gone]), axis=0)
+        coupling = coupling[stay]
         kept = torch.as_tensor(small[:, best].T.copy()).to(self._basis) @ self._basis[:done]
         self._basis[: len(best)] = kept
         self.done, self.count = len(best), len(best) + len(waiting)
@@ -278,8 +306,8 @@ def lanczos(
     capacity: int,
     generator: torch.Generator,
     vectors: bool,
-) -> tuple[Ritz, int]:
-    """The ``k`` wanted pairs and the number of products; stops at an estimated relative error ``tol`` of each.
+) -> Leading:
+    """The ``k`` wanted pairs; stops at an estimated relative error ``tol`` of each.
 
     Args:
         multiply: v (n,) → H v (n,).
@@ -287,18 +315,20 @@ def lanczos(
         k, which: how many pairs, and which.
         tol: relative to each |θ|.
         max_products: to make at most.
-        capacity: vectors that the basis may hold, at least k + 3.
+        capacity: vectors that the basis may hold, at least k + 5.
         generator: for fresh vectors.
         vectors: whether to return Ritz vectors.
     """
     space = Krylov(multiply, start, capacity, generator)
-    wanted, products = min(k, space.size), 0
+    wanted, products, looked = min(k, space.size), 0, False
+    rounding = 1e2 * torch.finfo(start.dtype).eps
     look: Look | None = None
     before: Ritz | None = None  # what there was when the look began
 
     def make_room() -> None:
         if space.full and space.capacity < space.size:
-            keep = min(k + max(k // 2, 2), space.capacity - space.pending - 1)
+            # Fewer than k would throw wanted ones away, however many copies have left a vector pending each.
+            keep = max(k + 2, min(k + max(k // 2, 2), space.capacity - space.pending - 1))
             if look is None:
                 space.restart(keep, which)
             else:
@@ -317,12 +347,13 @@ def lanczos(
             continue
         ritz = space.ritz(k, which)
         scale = np.abs(ritz.values)
-        allowed = tol * scale + 1e2 * torch.finfo(start.dtype).eps * float(scale.max(initial=0.0))
+        allowed = tol * scale + rounding * float(scale.max(initial=0.0))
         complete = len(ritz.values) == wanted
         converged = complete and bool(np.all(ritz.errors <= allowed))
         if not (ended or converged):
             continue
         if converged and before is not None and not _moved(before, ritz, allowed):
+            looked = True
             break
         look = before = None
         make_room()
@@ -330,8 +361,10 @@ def lanczos(
             least = float((ritz.values if which == "largest" else scale)[-1] + allowed[-1]) if complete else None
             look, before = Look(space, which, least, tol), ritz
         elif space.exhausted:
-            break  # it was the whole space; otherwise what is pending is all that is left of it
-    return space.ritz(k, which, vectors), products
+            looked = True  # it was the whole space; otherwise what is pending is all that is left of it
+            break
+    ritz = space.ritz(k, which, vectors)
+    return Leading(ritz, products, looked, rounding * float(np.abs(ritz.values).max(initial=0.0)))
 
 
 def _moved(before: Ritz, after: Ritz, allowed: Array) -> bool:

@@ -31,7 +31,7 @@ from gammaopt._plan import Plan
 from gammaopt._probe import Inputs, Output
 from gammaopt.diagnostics._function import Batches, Function, LossFunction, loss_function, loss_of, undisturbed
 from gammaopt.diagnostics._kernels import centred_kernel_alignment, feature_kernel, kernel_target_alignment, ntk
-from gammaopt.diagnostics._operator import Curvature
+from gammaopt.diagnostics._operator import Curvature, NotFiniteError
 from gammaopt.diagnostics._spectrum import largest_eigenvalue, no_edge, rates_of
 from gammaopt.diagnostics._told import Told
 from gammaopt.online._losses import hits
@@ -44,6 +44,7 @@ Measure = Literal["sharpness", "ntk", "features"]
 LAZY_KEPT = 0.9  # alignment of the kernel with the first one, above which it is called kept
 TOL, SEARCH = 1e-2, 200  # of a sharpness: relative error, and products at most
 MOVED = 0.1  # of the first loss: a change by less is none
+MONITORS = "monitors.lock"  # several runs may share a folder: each waits until another has written its line
 EDGE = (1.6, 2.4)  # sharpness × rate that is called the edge of stability
 
 
@@ -176,15 +177,19 @@ class Monitor:
         self._share, self._factor = share, 10.0 ** (1 / per_decade)
         self._seed, self._output, self._clock = seed, output, clock
         self._out = None if out is None else Path(out)
+        if self._out is not None and (self._out / "study.json").exists():
+            raise UsageError(f"out={self._out} is the folder of a study; give a folder for monitored runs")
         self._number: int | None = None  # of this run in its folder
         self._writer = _writer(tensorboard)
         self.measurements: list[Measurement] = []
         self.spent, self.step = 0.0, start
         self._due, self._cost = 0, 0.0
         self._losses, self._shares = Told(), Told()
+        self._told_at: list[int] = []  # the steps of these, from 1
         self._first_kernel: Tensor | None = None
         group = optimizer.param_groups[0]
-        self._run = Run(self._gamma, float(group["lr"]), seed)
+        # Of a schedule the base rate: its own may be 0 at the start of a warm-up.
+        self._run = Run(self._gamma, float(group.get("initial_lr", group["lr"])), seed)
         self._law = self._own_law()
         self._finished: RunRecord | None = None
         self._began = clock()
@@ -216,7 +221,7 @@ class Monitor:
         """
         self.step += 1
         if loss is not None:
-            self.note(loss, accuracy)
+            self._keep(loss, accuracy, self.step - self._start)
         if self.step < self._due:
             return None
         if self._share is not None:
@@ -233,8 +238,12 @@ class Monitor:
             steps: how many they stand for, those after the last that was noted.
         """
         for _ in range(steps):
-            self._losses.add(loss)
-            self._shares.add(0.0 if accuracy is None else accuracy)
+            self._keep(loss, accuracy, self._told_at[-1] + 1 if self._told_at else 1)
+
+    def _keep(self, loss: Tensor | float, accuracy: Tensor | float | None, step: int) -> None:
+        self._losses.add(loss)
+        self._shares.add(0.0 if accuracy is None else accuracy)
+        self._told_at.append(step)
 
     def measure(self) -> Measurement:
         """Measure now, due or not."""
@@ -260,7 +269,7 @@ class Monitor:
         return self._clock()
 
     def _write(self, made: Measurement, path: Path) -> None:
-        with locked(path.parent):
+        with locked(path.parent, MONITORS, wait=True):
             if self._number is None:
                 self._number = 1 + _last_number(path)
             whose = {"run": self._number, **self._run._asdict()}
@@ -287,10 +296,16 @@ class Monitor:
             found["feature_alignment"] = None if y is None else _aligned(kernel_target_alignment, features, y)
         return Measurement(self.step, 0.0, loss, accuracy, **found)
 
-    def _sharpness(self, function: Function) -> tuple[float, float | None]:
-        """λ_max, and that of √R H √R for SGD: one search where all rates are equal, and else two over one graph."""
+    def _sharpness(self, function: Function) -> tuple[float | None, float | None]:
+        """λ_max, and that of √R H √R for SGD: one search where all rates are equal, and else two over one graph.
+
+        ``None`` where a second derivative is not finite, which a run that trains well may come by.
+        """
         hessian = Curvature(cast("nn.Module", function), self._loss, self._data)
-        plain = largest_eigenvalue(hessian, hessian, TOL, SEARCH)
+        try:
+            plain = largest_eigenvalue(hessian, hessian, TOL, SEARCH)
+        except NotFiniteError:
+            return None, None
         if not isinstance(self.optimizer, torch.optim.SGD) or no_edge(self.optimizer, self.model) is not None:
             return plain, None
         rates = rates_of(self.optimizer, self.model)
@@ -348,7 +363,7 @@ class Monitor:
         elif not len(losses):
             record = dataclasses.replace(record, effective_lr=self._run.lr * self._law.factor(self._run.gamma))
         if self._out is not None:
-            with locked(self._out):
+            with locked(self._out, MONITORS, wait=True):
                 file = RunFile(self._out / "runs.jsonl", RunRecord.from_dict)
                 file.add(record)
                 file.close()
@@ -358,11 +373,11 @@ class Monitor:
         return record
 
     def _counted(self, record: RunRecord, told: bool) -> RunRecord:
-        """The record with its steps counted as the monitor counts."""
+        """The record with its steps counted as the monitor counts: that of the n-th loss told is no n-th step."""
         at, curve = record.diverged_at, record.curve
         if told:
-            curve = dataclasses.replace(curve, steps=tuple(step + self._start for step in curve.steps))
-            at = None if at is None else at + self._start
+            curve = dataclasses.replace(curve, steps=tuple(self._told_at[n - 1] + self._start for n in curve.steps))
+            at = None if at is None else self._told_at[at - 1] + self._start
         return dataclasses.replace(record, steps=max(1, self.step), diverged_at=at, curve=curve)
 
     def verdict(self) -> str:
@@ -415,7 +430,7 @@ def _aligned(align: Callable[[Tensor, Tensor], float], kernel: Tensor, other: Te
 
 
 def _last_number(path: Path) -> int:
-    """The run of the last whole line that has one; 0 for a new file, and for lines of a version that counted none."""
+    """The largest run of the whole lines that have one; 0 for a new file, and for lines of a version without any."""
     if not path.exists():
         return 0
     number = 0

@@ -25,6 +25,7 @@ from gammaopt.diagnostics._function import (
     LossFunction,
     loss_function,
     loss_of,
+    same_draws_after,
     undisturbed,
 )
 from gammaopt.diagnostics._layers import make_dense
@@ -39,6 +40,10 @@ class _Batch(NamedTuple):
     inputs: Any
     targets: Any
     start: Tensor | None
+
+
+class NotFiniteError(UsageError):
+    """A second derivative is not finite."""
 
 
 class Curvature:
@@ -106,6 +111,7 @@ class Curvature:
         Raises:
             UsageError: if the loss isn't a finite scalar that is the same at each pass, or an operation of the model
                 has no second derivative, or a wrong one: each product is held against the first, as ⟨u, Hv⟩ = ⟨v, Hu⟩.
+            NotFiniteError: a UsageError too, if a second derivative isn't finite.
         """
         if vector.shape != (self.size,):
             raise UsageError(f"a vector of shape {tuple(vector.shape)} does not fit {self.size} trainable parameters")
@@ -130,12 +136,18 @@ class Curvature:
 
     def _hold_symmetric(self, vector: Tensor, product: Tensor) -> None:
         """A derivative that autograd takes for a constant leaves no error behind, only a matrix without symmetry."""
+        length = float(product.norm())
+        if not math.isfinite(length):
+            raise NotFiniteError(
+                f"a second derivative of {type(self._function.module).__name__} is not finite, as that of a root or "
+                "a norm at 0 is not; use a form that is smooth there"
+            )
         if self._first is None:
             self._first = vector.clone(), product.clone()  # the caller may write over both
             return
         other, moved = self._first
         one, two = float(vector @ moved), float(other @ product)
-        size = float(vector.norm() * moved.norm() + other.norm() * product.norm())
+        size = float(vector.norm() * moved.norm() + other.norm() * length)
         # Beyond what rounding makes of two products, in float32 too, and far below what a missing part makes of them.
         if abs(one - two) > torch.finfo(self.dtype).eps ** 0.4 * size:
             raise UsageError(
@@ -157,6 +169,10 @@ class Curvature:
 
     def _pass(self, direction: Tensor) -> Tensor:
         """One product over all batches."""
+        with same_draws_after(self._batches.data):
+            return self._summed(direction)
+
+    def _summed(self, direction: Tensor) -> Tensor:
         total = torch.zeros_like(direction)
         loss, samples = 0.0, 0
         for batch in self._prepared():

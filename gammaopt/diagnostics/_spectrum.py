@@ -42,6 +42,8 @@ class Eigenvalues:
         products: products with the matrix that were made, each a pass over the data.
         tol: asked for, relative to each \\|λ\\|.
         vectors: (n, k) eigenvectors in the order of ``model.parameters()`` that train, if asked for.
+        looked: whether a look for further copies of an eigenvalue came to its end; ``None`` for ARPACK, which has none.
+        floor: what rounding leaves of an error at least; it counts as converged.
     """
 
     values: Array
@@ -50,16 +52,25 @@ class Eigenvalues:
     products: int
     tol: float
     vectors: Tensor | None = None
+    looked: bool | None = None
+    floor: float = 0.0
 
     @property
     def converged(self) -> bool:
-        """Whether the estimated error of every eigenvalue is within ``tol``."""
-        largest = np.abs(self.values).max(initial=0.0)
-        return bool(np.all(self.errors <= self.tol * np.abs(self.values) + 1e-13 * largest))
+        """Whether the estimated error of every eigenvalue is within ``tol``, and no look for others was cut short."""
+        return self._within and self.looked is not False
+
+    @property
+    def _within(self) -> bool:
+        least = max(self.floor, 1e-13 * np.abs(self.values).max(initial=0.0))
+        return bool(np.all(self.errors <= self.tol * np.abs(self.values) + least))
 
     def __str__(self) -> str:
         rows = [f"{v:12.5g}  residual {r:.1e}" for v, r in zip(self.values, self.residuals, strict=True)]
-        end = "converged" if self.converged else f"not all within tol={self.tol:g}: give more max_products"
+        end = "converged"
+        if not self.converged:
+            what = "copies of them not looked for to the end" if self._within else f"not all within tol={self.tol:g}"
+            end = f"{what}: give more max_products"
         return "\n".join([*rows, f"{self.products} products, {end}"])
 
 
@@ -99,7 +110,8 @@ def hessian_eigenvalues(
             products to tell the residuals.
         tol: estimated error of each eigenvalue to stop at, relative to it.
         max_products: to make at most; max(200, 10 k) by default. Lanczos then returns what it has, with ``converged``
-            false; ARPACK gives nothing before it has converged, and that is an error.
+            false, also where only the look for copies was cut short; ARPACK gives nothing before it has converged, and
+            that is an error.
         basis: vectors that the Lanczos basis may hold before it is restarted, 8 n bytes each in float64. By default as
             many as there are products, within 1 GiB, but 2 k + 20 at least: 4.5 GiB for k = 20 and 10⁷ parameters.
         vectors: return eigenvectors too.
@@ -136,11 +148,14 @@ def hessian_eigenvalues(
     start = _on_device(torch.randn(n, generator=draw, dtype=torch.float64), operator)
     if method == "eigsh":
         return _eigsh(operator, start, k, which, tol, most, min(n, capacity, max(2 * k + 20, 60)), vectors)
-    ritz, products = lanczos(
+    found = lanczos(
         operator, start, k, which,
         tol=tol, max_products=most, capacity=capacity, generator=draw, vectors=vectors,
     )  # fmt: skip
-    return Eigenvalues(ritz.values, ritz.residuals, ritz.errors, products, tol, ritz.vectors)
+    ritz = found.ritz
+    return Eigenvalues(
+        ritz.values, ritz.residuals, ritz.errors, found.products, tol, ritz.vectors, found.looked, found.floor
+    )
 
 
 def largest_eigenvalue(multiply: Callable[[Tensor], Tensor], like: Curvature, tol: float, max_products: int) -> float:
@@ -148,11 +163,11 @@ def largest_eigenvalue(multiply: Callable[[Tensor], Tensor], like: Curvature, to
     draw = torch.Generator().manual_seed(0)
     start = _on_device(torch.randn(like.size, generator=draw, dtype=torch.float64), like)
     capacity = _affordable(like.size, 1, max_products)
-    ritz, _ = lanczos(
+    found = lanczos(
         multiply, start, 1, "largest",
         tol=tol, max_products=max_products, capacity=capacity, generator=draw, vectors=False,
     )  # fmt: skip
-    return float(ritz.values[0])
+    return float(found.ritz.values[0])
 
 
 def _affordable(n: int, k: int, products: int) -> int:

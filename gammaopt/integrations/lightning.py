@@ -43,13 +43,14 @@ class MonitorCallback(_Callback):
         self._data, self._loss, self._model, self._settings = data, loss, model, settings
         self._seen = 0
         self._sum: Any = None  # of the losses since the optimizer's last step
+        self._count = 0  # how many these are
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Measure the start."""
         if not trainer.is_global_zero:
             return
         model = the_model(pl_module) if self._model is None else self._model(pl_module)
-        self._seen, self._sum = trainer.global_step, None
+        self._seen, self._sum, self._count = trainer.global_step, None, 0
         settings = {"start": trainer.global_step, **self._settings}
         self.monitor = Monitor(model, trainer.optimizers[0], self._loss, self._data, **settings)
         self._log(trainer)
@@ -61,10 +62,13 @@ class MonitorCallback(_Callback):
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if loss is not None:
             self._sum = loss if self._sum is None else self._sum + loss
+            self._count += 1
         if trainer.global_step == self._seen:  # gradients are accumulated still
             return
         self._seen = trainer.global_step
-        loss, self._sum = self._sum, None
+        if self._sum is not None:  # of losses over the batches of a whole step, and an epoch's last may have fewer
+            self._sum = self._sum * (trainer.accumulate_grad_batches / self._count)
+        loss, self._sum, self._count = self._sum, None, 0
         if self.monitor(loss) is not None:
             self._log(trainer)
 

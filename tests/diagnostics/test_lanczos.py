@@ -22,8 +22,8 @@ def found(values: Array, which: Which, seed: int = 0, **settings: Any) -> tuple[
     diagonal, draw = torch.from_numpy(values), torch.Generator().manual_seed(seed)
     start = torch.randn(len(values), generator=draw, dtype=torch.float64)
     settings = {"tol": TOL, "max_products": 400, "capacity": 400, "vectors": False} | settings
-    ritz, products = lanczos(lambda vector: diagonal * vector, start, K, which, generator=draw, **settings)
-    return ritz.values, products
+    made = lanczos(lambda vector: diagonal * vector, start, K, which, generator=draw, **settings)
+    return made.ritz.values, made.products
 
 
 def plain(values: Array, which: Which, seed: int = 0) -> int:

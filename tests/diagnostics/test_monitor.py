@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import sys
+import threading
 from collections import UserDict
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 import gammaopt
 from gammaopt import UsageError
+from gammaopt._files import locked
 from gammaopt.diagnostics import Measurement, Monitor, kernel_target_alignment, ntk, sharpness
 from gammaopt.diagnostics._lanczos import lanczos
+from gammaopt.diagnostics._monitor import MONITORS
 from gammaopt.online import MLP, RunRecord
 
 X = torch.sign(torch.randn(32, 6, generator=torch.Generator().manual_seed(0)))
@@ -46,6 +49,13 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, monitor: Any, steps:
         if monitor is not None:
             monitor(loss)
     return losses
+
+
+class Norm(nn.Module):
+    """At 0, where it is, it has a slope of 0 and no second derivative."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.detach()).norm(dim=1, keepdim=True)
 
 
 class Clock:
@@ -246,6 +256,50 @@ def test_losses_are_kept_in_blocks_and_moved_at_once(monkeypatch: pytest.MonkeyP
     assert record.curve.loss == tuple(map(float, range(1, 11)))
     assert record.curve.accuracy == (0.5,) * 5 + (0.0,) * 5
     assert len(monitor._losses._full) == 3
+
+
+def test_losses_that_are_told_at_some_steps_only_stand_at_those() -> None:
+    net = MLP(6, 1, width=8)
+    monitor = Monitor(net, torch.optim.SGD(net.parameters(), lr=0.1), "mse", (X, Y), measures=(), start=10)
+    for loss in (None, 2.0, None, 4.0, None, 6.0):
+        monitor(loss)
+    curve = monitor.finish().curve
+    assert (curve.steps, curve.loss) == ((12, 14, 16), (2.0, 4.0, 6.0))
+
+
+def test_a_warm_ups_base_rate_is_that_of_the_record() -> None:
+    model, optimizer = fresh()
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 10))
+    assert optimizer.param_groups[0]["lr"] == 0.0
+    record = Monitor(model, optimizer, "mse", (X, Y), measures=()).finish()
+    assert record.lr == 0.2
+    assert record.effective_lr == pytest.approx(0.2 * gammaopt.EtaLaw(3).factor(2.0))
+
+
+def test_a_run_waits_for_another_that_writes_and_a_study_is_not_written_into(tmp_path: Path) -> None:
+    model, optimizer = fresh()
+    made: list[Monitor] = []
+    with locked(tmp_path, MONITORS):
+        waiting = threading.Thread(
+            target=lambda: made.append(Monitor(model, optimizer, "mse", (X, Y), measures=(), out=tmp_path))
+        )
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+        assert not made
+    waiting.join(30)
+    assert len((tmp_path / "measurements.jsonl").read_text().splitlines()) == 1
+    (tmp_path / "study.json").write_text("{}")
+    with pytest.raises(UsageError, match="is the folder of a study; give a folder for monitored runs"):
+        Monitor(model, optimizer, "mse", (X, Y), measures=(), out=tmp_path)
+
+
+def test_a_curvature_that_is_not_finite_ends_no_training() -> None:
+    net = nn.Sequential(nn.Linear(6, 1), Norm())
+    monitor = Monitor(net, torch.optim.SGD(net.parameters(), lr=0.1), "mse", (X, Y), measures=("sharpness",))
+    (one,) = monitor.measurements
+    assert math.isfinite(one.loss)
+    assert (one.sharpness, one.sharpness_lr) == (None, None)
 
 
 def test_the_score_at_the_end_counts_as_spent() -> None:

@@ -24,6 +24,7 @@ from gammaopt.diagnostics import (
     sharpness,
     spectral_density,
 )
+from gammaopt.diagnostics._function import Function
 from gammaopt.online import MLP
 from gammaopt.online._losses import CRITERIA
 
@@ -188,6 +189,72 @@ def test_too_few_products_are_told() -> None:
     assert "give more max_products" in str(found)
 
 
+def test_values_that_no_look_for_copies_has_confirmed_are_not_called_converged() -> None:
+    net, data = nn.Linear(6, 3, bias=False), (draw(40, 6), draw(40, 3))  # each eigenvalue three times
+    short = hessian_eigenvalues(net, "mse", data, k=4, max_products=6)
+    assert len(set(short.values.round(6))) == 4  # the copies were not seen
+    assert short.looked is False
+    assert not short.converged
+    assert str(short).endswith("6 products, copies of them not looked for to the end: give more max_products")
+    whole = hessian_eigenvalues(net, "mse", data, k=4)
+    assert whole.looked
+    assert whole.converged
+    assert whole.values[:3] == pytest.approx([short.values[0]] * 3)
+
+
+def test_float32_products_converge_as_far_as_their_rounding_allows() -> None:
+    model, loss, data = mlp(1.0, 3)
+    found = hessian_eigenvalues(model, loss, data, k=6, tol=1e-9, dtype=torch.float32)
+    assert found.products < 200
+    assert found.converged
+    assert found.floor > 1e-6 * abs(found.values[0])
+
+
+@pytest.mark.parametrize(("k", "basis"), [(8, 13), (12, 17), (8, 16)])
+def test_a_basis_that_copies_fill_loses_no_wanted_pair_and_stays_orthogonal(k: int, basis: int) -> None:
+    net, data = nn.Linear(4, 12, bias=False), (draw(30, 4), draw(30, 12))  # each eigenvalue twelve times
+    values = leading(dense(net, CRITERIA["mse"], data), 12, "largest")
+    found = hessian_eigenvalues(net, "mse", data, k=k, basis=basis, max_products=600)
+    np.testing.assert_allclose(found.values, values[:k], rtol=1e-5)
+    assert found.converged or found.products == 600  # five vectors more than pairs leave a look little room
+    assert found.converged or basis < k + 8
+
+
+def test_a_second_derivative_that_is_not_finite_is_named() -> None:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output = self.layer(x)
+            return (output - output.detach()).norm(dim=1, keepdim=True)  # at 0: a slope of 0, and no second derivative
+
+    x = draw(8, 3)
+    with pytest.raises(UsageError, match="a second derivative of Norm is not finite, as that of a root or"):
+        hessian_eigenvalues(Norm(), "mse", (x, draw(8, 1)), k=1)
+
+
+def test_a_loaders_own_draws_are_given_back() -> None:
+    model, loss, (x, y) = mlp(1.0, 3)
+    own = torch.Generator().manual_seed(3)
+    loader = DataLoader(TensorDataset(x, y), 16, shuffle=True, generator=own)
+    before, everybodys = own.get_state(), torch.get_rng_state()
+    hessian_eigenvalues(model, loss, loader, k=1)
+    assert torch.equal(own.get_state(), before)
+    assert torch.equal(torch.get_rng_state(), everybodys)
+
+
+def test_an_instance_norm_is_in_the_mode_of_the_model() -> None:
+    norm = nn.InstanceNorm1d(3, track_running_stats=True)
+    net = nn.Sequential(nn.Conv1d(2, 3, 1), norm, nn.Flatten(), nn.Linear(15, 1))
+    x = draw(8, 2, 5)
+    for training in (True, False):
+        net.train(training)
+        kept = copy.deepcopy(net).double()
+        assert torch.allclose(Function(net)(x), kept(x.double()))
+
+
 def test_sharpness_with_an_optimizer_is_at_two_where_its_steps_turn_unstable() -> None:
     """Full-batch steps on a quadratic: below 2 they shrink, above they grow, with rates that differ by layer."""
     x, y = draw(40, 6), torch.zeros(40, 1)
@@ -282,7 +349,7 @@ def test_trace_is_within_its_error_and_exact_with_enough_products() -> None:
         found = hessian_trace(model, loss, data, seed=seed)
         assert found.products <= 60
         errors.append((found.value - expected) / found.error)
-    assert np.sqrt(np.mean(np.square(errors))) < 2
+    assert 0.4 < np.sqrt(np.mean(np.square(errors))) < 2  # of eight that are about normal
     assert abs(hessian_trace(model, loss, data, products=300).value / expected - 1) < 0.01
 
 

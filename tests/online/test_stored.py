@@ -669,6 +669,7 @@ def test_a_shared_cache_keeps_data_sets_apart(tmp_path: Path) -> None:
     assert first.pixels(0, 0, 1, 4)[0].unique().tolist() == [15]
     assert second.pixels(0, 0, 1, 4)[0].unique().tolist() == [200]
     assert len(list((tmp_path / "cache").glob("train-8.*.npy"))) == 2
+    assert first.name != second.name, "their pixels tell them apart"
 
 
 def test_blocks_give_whole_passes_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

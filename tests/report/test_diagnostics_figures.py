@@ -22,6 +22,7 @@ from gammaopt.diagnostics import (
     ntk_eigenvalues,
 )
 from gammaopt.online import MLP
+from gammaopt.online.record import Curve
 
 STEPS = (0, 1, 3, 10, 30, 100)
 RUN = [
@@ -142,6 +143,10 @@ def test_dynamics_are_marked_where_they_were_found() -> None:
     assert line(figure, "catapult to 4.99 × the start") == ([peak.step], [peak.height])
     gone = drawn(report.draw_dynamics(([1, 2, 3, 4], [1.0, 1.2, 5e3, np.nan])))
     assert line(gone, "diverged at step 3")[0] == [3, 3]
+    at_once = drawn(report.draw_dynamics(([1, 2], [np.inf, np.inf])))
+    assert line(at_once, "diverged at step 1")[0] == [1, 1]
+    record: Any = type("Record", (), {"curve": Curve((), (), ()), "diverged_at": 1})()
+    assert line(drawn(report.draw_dynamics(record)), "diverged at step 1")[0] == [1, 1]
     waiting = drawn(report.draw_dynamics((T, 0 * T + 1)))  # never left its plateau
     assert [text.get_text() for text in waiting.axes[0].get_legend().get_texts()] == ["plateau, 1e+04 steps"]  # type: ignore[union-attr]
 

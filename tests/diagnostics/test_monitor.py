@@ -55,7 +55,8 @@ class Norm(nn.Module):
     """At 0, where it is, it has a slope of 0 and no second derivative."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x - x.detach()).norm(dim=1, keepdim=True)
+        kink: Tensor = (x - x.detach()).norm(dim=1, keepdim=True)
+        return kink
 
 
 class Clock:

@@ -228,7 +228,9 @@ def test_a_second_derivative_that_is_not_finite_is_named() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             output = self.layer(x)
-            return (output - output.detach()).norm(dim=1, keepdim=True)  # at 0: a slope of 0, and no second derivative
+            # At 0: a slope of 0, and no second derivative.
+            kink: Tensor = (output - output.detach()).norm(dim=1, keepdim=True)
+            return kink
 
     x = draw(8, 3)
     with pytest.raises(UsageError, match="a second derivative of Norm is not finite, as that of a root or"):

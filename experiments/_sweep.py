@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -133,15 +134,19 @@ def on_all_cores(
     cores: int | None,
     on_done: Callable[[int, Result], object] | None = None,
 ) -> list[Result]:
-    """``function`` of each task, one thread each, in order; ``on_done`` is told each result and its number at once."""
+    """``function`` of each task, one thread each, in order; ``on_done`` is told each result and its number at once.
+
+    Where a task fails, those that run end and no other begins; Ctrl-C ends them all. ``on_done`` is told what was made
+    until then.
+    """
     results: dict[int, Result] = {}
     show = progress(getattr(function, "__name__", "runs").strip("_"))
 
     def keep(number: int, result: Result) -> None:
-        results[number] = result
-        show(len(results), len(tasks))
         if on_done is not None:
             on_done(number, result)
+        results[number] = result
+        show(len(results), len(tasks))
 
     cores = cores or len(os.sched_getaffinity(0))
     if cores == 1:  # in this process: starting one costs seconds
@@ -153,13 +158,32 @@ def on_all_cores(
         finally:
             torch.set_num_threads(threads)
     else:
-        with ProcessPoolExecutor(
-            cores, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
+        others = set(multiprocessing.active_children())
+        with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), initializer=_begin) as pool:
             numbers = {pool.submit(function, task): number for number, task in enumerate(tasks)}
-            for future in as_completed(numbers):
-                keep(numbers[future], future.result())
+            try:
+                try:
+                    for future in as_completed(numbers):
+                        keep(numbers[future], future.result())
+                except Exception:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+            except KeyboardInterrupt:  # also one that comes while the last tasks end
+                for process in set(multiprocessing.active_children()) - others:
+                    process.terminate()
+                pool.shutdown(cancel_futures=True)
+                raise
+            finally:
+                for future, number in numbers.items():
+                    if number not in results and not future.cancelled() and future.done() and not future.exception():
+                        keep(number, future.result())
     return [results[number] for number in range(len(tasks))]
+
+
+def _begin() -> None:
+    """Of a worker: one thread, and Ctrl-C, which a terminal sends to all processes, is left to the one that waits."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run(job: Job) -> str:

@@ -15,7 +15,7 @@ def test_a_failing_task_ends_the_queue_and_what_ran_beside_it_is_kept(tmp_path: 
     kept = tmp_path / "slept.jsonl"
     tasks = {"fails": -1.0, **{str(number): 1.0 for number in range(40)}}
     with pytest.raises(ValueError, match="must be non-negative"):
-        resumed(time.sleep, tasks, kept, 2)  # type: ignore[arg-type]
+        resumed(time.sleep, tasks, kept, 2)
     names = [json.loads(line)[0] for line in kept.read_text().splitlines()]
     assert "0" in names
     assert len(names) < 10

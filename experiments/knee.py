@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from _experiment import Claim, Found, Place, run
 from _intervals import jackknife_half
-from _sweep import EdgeJob, even, local_slopes, stable_edges
+from _sweep import EdgeJob, even, neighbour_slopes, stable_edges
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -103,7 +103,8 @@ def claim(row: dict[str, Any]) -> Claim:
     what = f"bend over knee, {row['task']}, width {row['width']} (knee {row['predicted']:.1f})"
     within = f"{10**-TOLERANCE:.2f} … {10**TOLERANCE:.2f}"
     interval = row["low"] / row["predicted"], row["high"] / row["predicted"]
-    why = local_slopes(row["gammas"], row["log10_edge"])
+    slopes = ", ".join(f"{one:.2f}" for one in neighbour_slopes(row["gammas"], row["log10_edge"]))
+    why = f"local slopes {slopes}, where {LAW.lazy:g} below the bend and {LAW.rich:.2f} above it are predicted"
     made = Claim(what, within, over, interval, holds, why, centre=1.0)
     return replace(made, why="") if holds and made.off is None else made
 

@@ -20,7 +20,7 @@ def test_a_bend_within_the_tolerance_holds_and_says_so_where_its_interval_exclud
     assert off.holds
     assert off.row.endswith(
         "| 0.32 … 3.16 | 2.5 | 1.25 … 5 | yes, off by +1.5: "
-        "no single power: local slopes 2.00, 0.70, from 0.70 to 2.00, steepest between γ = 0.1 and 1 |"
+        "local slopes 2.00, 0.70, where 2 below the bend and 0.67 above it are predicted |"
     )
     # The interval reaches beyond the range, as the page says of numbers within a tolerance.
     assert off.interval is not None
@@ -31,7 +31,7 @@ def test_the_sentence_counts_bends_that_miss() -> None:
     rows = [row(9.0), row(1.0)]
     claims = [knee.claim(one) for one in rows]
     assert [claim.holds for claim in claims] == [True, False]
-    assert claims[1].why.startswith("no single power: local slopes 2.00, 0.70")
+    assert claims[1].why.startswith("local slopes 2.00, 0.70, where 2 below the bend")
     told = knee.meaning(rows, claims)
     assert "γ ≈ 1.0 to 9.0" in told
     assert "1 of 2 bends lie within half a decade of it, the furthest off by a factor of 10.0" in told

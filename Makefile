@@ -27,13 +27,23 @@ check: $(VENV)/.test  ## lint, format check, types
 # In the order of the gallery. A stopped one goes on: finished cells are kept in runs/experiments.
 EXPERIMENTS := phase_portrait loss_curves accuracy_vs_gamma hessian_spectrum catapult_silent_alignment agreement \
 	linear_toy width_transfer depth architectures knee residual tuned_vs_one
+# Their data are made, so that a data set of yours has no place in them.
+WITHOUT_PAPER := catapult_silent_alignment linear_toy tuned_vs_one
 PRESET ?= cpu
+ifeq ($(PRESET),paper)
+EXPERIMENTS := $(filter-out $(WITHOUT_PAPER),$(EXPERIMENTS))
+ifeq ($(filter experiments,$(MAKECMDGOALS))$(DATA),experiments)
+$(error the preset paper trains on a data set of yours; give its folder: DATA=PATH)
+endif
+endif
 
-experiments: $(VENV)/.test  ## measure the paper's claims again and rebuild experiments/README.md (PRESET=cpu, gpu)
+experiments: $(VENV)/.test  ## measure the paper's claims and rebuild experiments/README.md (PRESET=gpu, or paper DATA=PATH)
 	@failed=; for name in $(EXPERIMENTS); do \
-		echo "== $$name"; $(BIN)/python experiments/$$name.py --preset $(PRESET) || failed="$$failed $$name"; \
+		echo "== $$name"; \
+		$(BIN)/python experiments/$$name.py --preset $(PRESET) $(if $(DATA),--data "$(DATA)") || failed="$$failed $$name"; \
 	done; \
-	$(BIN)/python experiments/gallery.py && if [ "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
+	$(BIN)/python experiments/gallery.py || failed="$$failed gallery"; \
+	if [ "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 format: $(VENV)/.test  ## format and mend what ruff can
 	$(BIN)/ruff check --fix

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -48,8 +49,8 @@ class Claim:
     Attributes:
         what: the quantity, and of which case.
         predicted: in words, with the tolerance within which it holds: ``"0.67 ± 0.1"``, ``"> 0"``.
-        measured: the number.
-        interval: its 95 % interval, where there is one.
+        measured: the number; ``None`` or not finite where there is none.
+        interval: its 95 % interval, where there is one; an end without a number is ``None`` or not finite.
         holds: whether ``measured`` is what was predicted, within the tolerance.
         why: where it does not hold, or is off beyond noise, what is known of the reason.
         centre: the number that was predicted, where it was one and not a bound.
@@ -57,8 +58,8 @@ class Claim:
 
     what: str
     predicted: str
-    measured: float
-    interval: tuple[float, float] | None
+    measured: float | None
+    interval: tuple[float | None, float | None] | None
     holds: bool
     why: str = ""
     centre: float | None = None
@@ -71,18 +72,29 @@ class Claim:
     @property
     def off(self) -> float | None:
         """How far it is from the prediction, where that lies outside of the interval: more than noise can explain."""
-        if self.centre is None or self.interval is None or self.interval[0] <= self.centre <= self.interval[1]:
+        ends = known(*(self.interval or ()), self.measured)
+        if self.centre is None or len(ends) < 3 or ends[0] <= self.centre <= ends[1]:
             return None
-        return self.measured - self.centre
+        return ends[2] - self.centre
 
     @property
     def row(self) -> str:
         """Of the table predicted | measured | interval | holds."""
-        between = "" if self.interval is None else f"{self.interval[0]:.3g} … {self.interval[1]:.3g}"
+        between = "" if self.interval is None else " … ".join(map(number, self.interval))
         told = "yes" if self.holds else "no"
         told += "" if self.off is None else f", off by {self.off:+.2g}"
         told += f": {self.why}" if self.why else ""
-        return f"| {self.what} | {self.predicted} | {self.measured:.3g} | {between} | {told} |"
+        return f"| {self.what} | {self.predicted} | {number(self.measured)} | {between} | {told} |"
+
+
+def known(*numbers: float | None) -> list[float]:
+    """Those that are numbers; JSON has ``None`` for others."""
+    return [one for one in numbers if one is not None and math.isfinite(one)]
+
+
+def number(value: float | None, form: str = ".3g") -> str:
+    """A number in words, also where there is none."""
+    return f"{value:{form}}" if value is not None and math.isfinite(value) else "none"
 
 
 HEAD = "| what | predicted | measured | 95 % interval | holds |\n|---|---|---|---|---|"
@@ -98,6 +110,8 @@ def near(
 ) -> Claim:
     """A number that is predicted within ± ``tolerance``; ``why`` is told where it is not, or is off beyond noise."""
     holds = abs(measured - predicted) <= tolerance
+    if not holds and not why:
+        why = _missed(measured, interval, predicted - tolerance, predicted + tolerance)
     made = Claim(what, f"{predicted:.2f} ± {tolerance:g}", measured, interval, holds, why, predicted)
     return replace(made, why="") if holds and made.off is None else made
 
@@ -107,7 +121,10 @@ def above(
 ) -> Claim:
     """A number that is predicted above a bound; where it has an interval, that lies above it too."""
     holds = measured > bound and (interval is None or interval[0] > bound)
-    return Claim(what, f"> {bound:g}", measured, interval, holds, "" if holds else why)
+    return Claim(
+        what, f"> {bound:g}", measured, interval, holds,
+        "" if holds else why or _missed(measured, interval, bound, math.inf),
+    )  # fmt: skip
 
 
 def below(
@@ -115,18 +132,31 @@ def below(
 ) -> Claim:
     """A number that is predicted below a bound; where it has an interval, that lies below it too."""
     holds = measured < bound and (interval is None or interval[1] < bound)
-    return Claim(what, f"< {bound:g}", measured, interval, holds, "" if holds else why)
+    return Claim(
+        what, f"< {bound:g}", measured, interval, holds,
+        "" if holds else why or _missed(measured, interval, -math.inf, bound),
+    )  # fmt: skip
 
 
-def t_interval(values: Sequence[float], free: int | None = None) -> tuple[float, float] | None:
-    """Student's 95 % interval of a mean; ``None`` for one value.
+def _missed(measured: float, interval: tuple[float, float] | None, low: float, high: float) -> str:
+    """Why a number is not one between ``low`` and ``high``, as far as the numbers themselves tell."""
+    if not math.isfinite(measured):
+        return "not measured"
+    beyond = measured - high if measured > low else low - measured
+    if interval is None:
+        return f"beyond by {beyond:.2g}"
+    if interval[1] < low or interval[0] > high:
+        return f"its whole interval lies {'above' if interval[0] > high else 'below'}"
+    if math.isinf(low) or math.isinf(high):
+        return "its interval contains the bound"
+    return "its interval reaches into the tolerance"
 
-    ``free`` are the degrees of freedom, where the values are not independent: pairs of n things have n − 1.
-    """
+
+def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Student's 95 % interval of a mean of independent values; ``None`` for one value."""
     if len(values) < 2:
         return None
-    free = len(values) - 1 if free is None else free
-    half = float(student.ppf(0.975, free)) * float(np.std(values, ddof=1)) / math.sqrt(free + 1)
+    half = float(student.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 
@@ -208,7 +238,8 @@ def run(
     try:
         return _run(name, description, presets, measure, options)
     except (UsageError, MissingExtraError) as error:
-        told, code = str(error).replace("--out", "--work"), 2  # the command line's name for a folder of cells
+        # The command line's name for a folder of cells is --work; a path may hold the other word.
+        told, code = re.sub(r"(?<!\S)--out(?=$|[\s.,;:)])", "--work", str(error)), 2
     except OSError as error:
         told, code = f"{error.filename or options.results}: {error.strerror}; give another --work or --results", 2
     except KeyboardInterrupt:  # and SIGTERM
@@ -237,12 +268,14 @@ def _run(
         cells.mkdir(exist_ok=True)
         commit = kept(cells / "commit.json", partial(git_commit, HERE.parent, but="experiments/results"))
         with timed(cells / "seconds") as seconds:
-            found = measure(presets[options.preset], Place(cells, device, options.cores, options.data))
+            place = Place(cells, device, options.cores, options.data)
+            found = measure(presets[options.preset], place)
     given = " --data PATH" * (options.data is not None) + f" --device {device}" * (device != usual)
     content = {
         "title": (description or name).strip().splitlines()[0].rstrip("."),
         "command": f"python experiments/{name}.py --preset {options.preset}{given}",
         "device": device,
+        **({} if options.data is None else {"data_set": place.stream.name}),
         "versions": versions(),
         "commit": commit,
         "seconds": round(seconds[0]),

@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -133,15 +134,19 @@ def on_all_cores(
     cores: int | None,
     on_done: Callable[[int, Result], object] | None = None,
 ) -> list[Result]:
-    """``function`` of each task, one thread each, in order; ``on_done`` is told each result and its number at once."""
+    """``function`` of each task, one thread each, in order; ``on_done`` is told each result and its number at once.
+
+    Where a task fails, those that run end and no other begins; Ctrl-C ends them all. ``on_done`` is told what was made
+    until then.
+    """
     results: dict[int, Result] = {}
     show = progress(getattr(function, "__name__", "runs").strip("_"))
 
     def keep(number: int, result: Result) -> None:
-        results[number] = result
-        show(len(results), len(tasks))
         if on_done is not None:
             on_done(number, result)
+        results[number] = result
+        show(len(results), len(tasks))
 
     cores = cores or len(os.sched_getaffinity(0))
     if cores == 1:  # in this process: starting one costs seconds
@@ -153,13 +158,32 @@ def on_all_cores(
         finally:
             torch.set_num_threads(threads)
     else:
-        with ProcessPoolExecutor(
-            cores, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
+        others = set(multiprocessing.active_children())
+        with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), initializer=_begin) as pool:
             numbers = {pool.submit(function, task): number for number, task in enumerate(tasks)}
-            for future in as_completed(numbers):
-                keep(numbers[future], future.result())
+            try:
+                try:
+                    for future in as_completed(numbers):
+                        keep(numbers[future], future.result())
+                except Exception:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+            except KeyboardInterrupt:  # also one that comes while the last tasks end
+                for process in set(multiprocessing.active_children()) - others:
+                    process.terminate()
+                pool.shutdown(cancel_futures=True)
+                raise
+            finally:
+                for future, number in numbers.items():
+                    if number not in results and not future.cancelled() and future.done() and not future.exception():
+                        keep(number, future.result())
     return [results[number] for number in range(len(tasks))]
+
+
+def _begin() -> None:
+    """Of a worker: one thread, and Ctrl-C, which a terminal sends to all processes, is left to the one that waits."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run(job: Job) -> str:
@@ -230,8 +254,11 @@ def best_rate(log10_rates: Sequence[float], scores: Sequence[float]) -> float:
 
 def best_rates(
     recipe: Recipe, gammas: Sequence[float], grid: Sequence[float], seeds: int, kept: Path, cores: int | None = None
-) -> list[float]:
-    """log₁₀ c of the best rate at each γ, c = η/s(γ): all runs of ``recipe`` over γ, the grid and seeds."""
+) -> list[list[float]]:
+    """log₁₀ c of each seed's best rate at each γ, (seed, γ), c = η/s(γ): runs of ``recipe`` over γ, the grid and seeds.
+
+    NaN where a seed's best rate lies at the end of the grid.
+    """
 
     def name(gamma: float, c: float, seed: int) -> str:
         return f"{gamma:g} {c:.4f} {seed}"
@@ -240,10 +267,14 @@ def best_rates(
         name(gamma, c, seed): Job(recipe, gamma, 10**c, seed) for gamma in gammas for c in grid for seed in range(seeds)
     }
     of = run_all(jobs, kept, cores)
-    return [
-        best_rate(grid, [mean_score(of[name(gamma, c, seed)] for seed in range(seeds)) for c in grid])
-        for gamma in gammas
-    ]
+
+    def best(gamma: float, seed: int) -> float:
+        try:
+            return best_rate(grid, [score(of[name(gamma, c, seed)]) for c in grid])
+        except UsageError:
+            return math.nan
+
+    return [[best(gamma, seed) for gamma in gammas] for seed in range(seeds)]
 
 
 def even(low: float, high: float, count: int) -> list[float]:
@@ -261,11 +292,34 @@ def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     return float(fit[0]), math.sqrt(variance)
 
 
-def local_slopes(x: Sequence[float], y: Sequence[float]) -> str:
-    """Of the means of y at neighbouring x, in words: where they differ, no one power is the law. ``y`` may have NaN."""
+ONE_POWER = 0.1  # local slopes that differ by no more are told as one power
+
+
+def local_slopes(x: Sequence[float], log10_y: Sequence[float], name: str = "γ") -> str:
+    """The powers of x between neighbouring ones, of the means of log₁₀ y there, in words. ``log10_y`` may have NaN."""
     at = sorted(set(x))
-    means = [np.mean([b for a, b in zip(x, y, strict=True) if a == one]) for one in at]
-    return "local slopes " + ", ".join(f"{one:.2f}" for one in np.diff(means) / np.diff(at) if math.isfinite(one))
+    means = [float(np.mean([b for a, b in zip(x, log10_y, strict=True) if a == one])) for one in at]
+    return powers_in_words(at, neighbour_slopes(at, means), name)
+
+
+def neighbour_slopes(x: Sequence[float], log10_y: Sequence[float]) -> list[float]:
+    """The power of x between each two neighbours; NaN where one of them has no y."""
+    return [float(one) for one in np.diff(log10_y) / np.diff(np.log10(x))]
+
+
+def powers_in_words(x: Sequence[float], slopes: Sequence[float], name: str = "γ") -> str:
+    """Whether the powers between neighbouring x are one, their range, where the largest is, and all of them."""
+    there = [(slope, a, b) for slope, a, b in zip(slopes, x[:-1], x[1:], strict=True) if math.isfinite(slope)]
+    if not there:
+        return "no two neighbours were measured"
+    low, high = (choose(slope for slope, _, _ in there) for choose in (min, max))
+    told = "local slopes " + ", ".join(f"{slope:.2f}" for slope, _, _ in there)
+    if len(there) == 1:
+        return f"{told}, between {name} = {there[0][1]:.4g} and {there[0][2]:.4g} alone"
+    if high - low <= ONE_POWER:
+        return f"one power from {name} = {there[0][1]:.4g} to {there[-1][2]:.4g}: {told}"
+    _, a, b = max(there, key=lambda one: abs(one[0]))
+    return f"no single power: {told}, from {low:.2f} to {high:.2f}, steepest between {name} = {a:.4g} and {b:.4g}"
 
 
 def parser(description: str | None, name: str, presets: Iterable[str]) -> argparse.ArgumentParser:

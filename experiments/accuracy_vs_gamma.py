@@ -182,8 +182,8 @@ def measure(preset: Preset, place: Place) -> Found:
         runs = found.fresh["prequential_accuracy"].mean(-1)
         best = [10 ** best_gamma(found.gammas, runs[:, k]) for k in range(len(found.budgets))]
         told.append(f"{' → '.join(f'{gamma:.2g}' for gamma in best)} under {found.loss.replace('_', '-')}")
-    budgets = ", ".join(map(str, preset.budgets))
-    meaning = f"The best γ moves with budget and loss: over {budgets} steps it is {', '.join(told)}."
+    budgets = ", ".join(map(str, sweeps[0].budgets))  # a data set may have had too few samples for those asked for
+    meaning = f"The best γ over {budgets} steps is {', '.join(told)}."
     data = {
         found.loss: {
             "gammas": found.gammas.tolist(), "budgets": list(found.budgets), "rates": found.rates.tolist(),

@@ -7,7 +7,7 @@ dozen log-spaced steps the functions of all pairs across γ (same seed) and acro
 held-out samples by cosine. Lazy networks of one seed share one kernel, rich ones share their features: both agree among
 themselves more than with each other. Across seeds, the random kernels of lazy networks differ, and learned features
 differ less. The NTK's alignment with the targets is told at the start and at the end against γ. Intervals are Student's
-t over seeds, or over pairs of seeds for comparisons across them.
+t over seeds, by the jackknife over seeds for comparisons across them, as pairs share seeds.
 Writes results/agreement/PRESET.json and .png and prints predicted | measured | interval | holds.
 """
 
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from _experiment import Claim, Found, Place, above, kept, run, t_interval
+from _intervals import pairs_interval
 from _sweep import on_all_cores
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -209,13 +210,12 @@ def claims_of(preset: Preset, found: dict[str, Any]) -> list[Claim]:
         gained = [same - other for same, other in zip(end[f"{a:g} {b:g}"], across, strict=True)]
         what = f"cosine of γ = {a:g} with {b:g} at the end, over that of {lazy:g} with {rich:g} ({fmean(across):.3f})"
         claims.append(above(what, 0.0, fmean(gained), t_interval(gained)))
-    free = preset.seeds - 1  # pairs of the same few networks are not independent
     gained = [
         b - a
         for a, b in zip(found["across_seeds"][f"{lazier:g}"][-1], found["across_seeds"][f"{rich:g}"][-1], strict=True)
     ]
     what = f"cosine between seeds at the end, γ = {rich:g} over γ = {lazier:g}"
-    claims.append(above(what, 0.0, fmean(gained), t_interval(gained, free)))
+    claims.append(above(what, 0.0, fmean(gained), pairs_interval(gained, preset.seeds)))
     start, ends = found["alignment"][f"{rich:g}"]
     gained = [b - a for a, b in zip(start, ends, strict=True)]
     claims.append(above(f"NTK's alignment gained in training, γ = {rich:g}", 0.1, fmean(gained), t_interval(gained)))

@@ -10,7 +10,7 @@ gammaopt.effective_depth measures at initialisation. The CNN is homogeneous, so 
 A normalised network is not, and its row says how far the law goes with the L_eff that ``wrap`` measures. Edges are kept
 in --work, so a killed run goes on. The slopes between neighbouring γ are told too: a power law has the same everywhere.
 Effective depth and knee at the start are told of networks too that are not trained here: an MLP, and each architecture
-with and without its normalisation. A ResNet without, for one, stays on a plateau longer than a CPU trains.
+with and without its normalisation.
 Writes results/architectures/PRESET.json and .png and prints predicted | measured | interval | holds.
 """
 
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from _experiment import Claim, Found, Place, near, run
 from _intervals import seeds_slope
-from _sweep import EdgeJob, stable_edges
+from _sweep import EdgeJob, neighbour_slopes, powers_in_words, stable_edges
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -44,7 +44,11 @@ LOOKED_AT = 4  # seeds whose effective depth and knee are told
 
 
 class Look(NamedTuple):
-    """A network whose effective depth and knee are told, and why its edges are not measured here."""
+    """A network whose effective depth and knee are told.
+
+    ``reason`` is told where it names the place of a measurement; no other is known, and none is told. All are part of
+    the preset, and so of the name that its edges are kept under.
+    """
 
     title: str
     model: str
@@ -148,7 +152,7 @@ def claim(found: dict[str, Any]) -> Claim:
     """The exponent of one network."""
     theory = "no theory: normalised" if found["normalised"] else "homogeneous"
     what = f"stable edge, {found['network']}, L_eff = {found['depth']:.2f} ({theory})"
-    why = f"local slopes {', '.join(f'{part:.2f}' for part in found['slopes'])}"
+    why = powers_in_words(found["gammas"], found["slopes"])
     interval = found["interval"] and tuple(found["interval"])
     return near(what, found["predicted"], TOLERANCE, found["measured"], interval, why)
 
@@ -176,7 +180,8 @@ def measure_rows(preset: Preset, place: Place) -> list[dict[str, Any]]:
     rows = []
     for case in preset.cases:
         found = [[edges[name_of(case, gamma, s)] for s in range(case.seeds)] for gamma in preset.gammas]
-        rows.append(row(case, depths[case], preset.gammas, found, preset.tolerance / 2))
+        steps = place.steps(case.steps, case.batch_size)
+        rows.append({**row(case, depths[case], preset.gammas, found, preset.tolerance / 2), "steps": steps})
     return rows
 
 
@@ -189,7 +194,8 @@ def edge_job(preset: Preset, place: Place, case: Case, depth: float, gamma: floa
     """The search for one edge."""
     stream = crops(place)
     build = partial(build_model, case.model, stream.shape, stream.classes, **dict(case.knobs))
-    recipe = Recipe(build, stream, "mse", "sgd", case.steps, case.batch_size, depth=depth, device=place.device)
+    steps = place.steps(case.steps, case.batch_size)
+    recipe = Recipe(build, stream, "mse", "sgd", steps, case.batch_size, depth=depth, device=place.device)
     return EdgeJob(recipe, gamma, seed, *case.rates, preset.learned, preset.tolerance)
 
 
@@ -251,9 +257,11 @@ def table(preset: Preset, stream: Stream, measured: Sequence[dict[str, Any]]) ->
         made = [fresh(look.model, look.knobs, stream, seed, look.norm) for seed in range(LOOKED_AT)]
         depths = [effective_depth(net, images(stream, seed)) for seed, net in enumerate(made)]
         knees = [knee(net, images(stream, seed)) for seed, net in enumerate(made)]
+        size = ", ".join(f"{name} {value}" for name, value in look.knobs if name != "norm")  # the title tells the norm
+        elsewhere = look.reason if look.reason.startswith("measured") else "not measured"
         rows.append(
-            f"| {look.title} | {min(depths):.2f} … {max(depths):.2f} | {min(knees):.2f} … {max(knees):.2f} "
-            f"| {EtaLaw(fmean(depths)).rich:.2f} | {known.get(look.title, look.reason)} |"
+            f"| {look.title}, {size} | {min(depths):.2f} … {max(depths):.2f} | {min(knees):.2f} … {max(knees):.2f} "
+            f"| {EtaLaw(fmean(depths)).rich:.2f} | {known.get(look.title, elsewhere)} |"
         )
     bends = "Bends are not measured here, as all edges are for γ ≥ 1; knee.py measures those of an MLP and a CNN."
     return "\n".join([*rows, "", bends])
@@ -284,8 +292,7 @@ def row(
 
 def slopes(gammas: Sequence[float], edges: Sequence[Sequence[float]]) -> list[float]:
     """Exponents between neighbouring γ, of the seeds' mean log₁₀ edges: where they differ, no one power is the law."""
-    means = [sum(own) / len(own) for own in edges]
-    return [round((means[i + 1] - means[i]) / math.log10(gammas[i + 1] / gammas[i]), 2) for i in range(len(gammas) - 1)]
+    return [round(one, 2) for one in neighbour_slopes(gammas, [fmean(own) for own in edges])]
 
 
 def picture(rows: list[dict[str, Any]]) -> Figure:

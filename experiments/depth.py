@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from _experiment import Claim, Found, Place, above, near, run, t_interval
+from _experiment import Claim, Found, Place, above, near, number, run, t_interval
 from _intervals import seeds_slope
 from _sweep import local_slopes, slope
 from matplotlib.figure import Figure
@@ -93,8 +93,7 @@ def claims_of(rows: Sequence[dict[str, Any]]) -> list[Claim]:
 def reason(row: dict[str, Any]) -> str:
     """What else was measured of a case: the slopes between neighbouring γ, and that of the large ones."""
     late = "" if row["late"] is None else f"; {row['late']:.2f} from γ = {LATE:g} on"
-    known = [math.log10(gamma) for gamma in row["gammas"]]
-    return local_slopes(known, row["log10_best"]) + late
+    return local_slopes(row["gammas"], row["log10_best"]) + late
 
 
 def falls(optimizer: str, rows: Sequence[dict[str, Any]]) -> Claim:
@@ -121,7 +120,7 @@ def common(optimizer: str, rows: Sequence[dict[str, Any]]) -> Claim:
 def meaning(claims: Sequence[Claim]) -> str:
     """One sentence on how many claims hold and which do not."""
     held, missed = sum(claim.holds for claim in claims), [claim for claim in claims if not claim.holds]
-    told = "; ".join(f"{claim.what} is {claim.measured:.2f} instead of {claim.predicted}" for claim in missed)
+    told = "; ".join(f"{one.what} is {number(one.measured, '.2f')} instead of {one.predicted}" for one in missed)
     return (
         f"The best rate's power of γ is that which the depth sets, 2/L under SGD and 1/L under Adam, in {held} of "
         f"{len(claims)} numbers{', but ' * bool(missed)}{told}."

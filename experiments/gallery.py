@@ -65,10 +65,7 @@ def page(found: Mapping[str, Mapping[str, Result]]) -> str:
         "",
         f"{held} of {total} predictions hold within their stated tolerance.",
         "",
-        "A number holds if it lies within the "
-        f"tolerance of what was predicted; for {beyond} of those the 95 % interval excludes the prediction: finite "
-        "width, depth and time shift them by more than the seeds explain, and the row says by how much. A bound holds "
-        "if the whole interval does.",
+        f"{rule(beyond)} A bound holds only if the number and its whole interval, where it has one, are on its side.",
         "",
         "| experiment | holds | device | time |",
         "|---|---|---|---|",
@@ -78,6 +75,14 @@ def page(found: Mapping[str, Mapping[str, Result]]) -> str:
     for name, presets in found.items():
         lines += ["", *section(name, presets)]
     return "\n".join(lines) + "\n"
+
+
+def rule(beyond: int) -> str:
+    """When a number holds, and how many of those that hold have a prediction outside of their interval."""
+    told = "A number holds if it lies within the tolerance of what was predicted, which is written as ± or as a range"
+    if not beyond:
+        return f"{told}."
+    return f"{told}; for {beyond} of those the 95 % interval excludes the prediction, and the row says by how much."
 
 
 def counts(results: Sequence[Result]) -> tuple[int, int]:
@@ -115,7 +120,7 @@ def section(name: str, presets: Mapping[str, Result]) -> list[str]:
             lines += ["", f"**{preset}**: not measured; `python experiments/{name}.py --preset {preset}`"]
             continue
         versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
-        picture = f"results/{name}/{preset}.png"
+        picture, data_set = f"results/{name}/{preset}.png", result.get("data_set", "")
         lines += [
             "", f"![{result['meaning']}]({picture})", "", result["meaning"], "",
             HEAD, *(Claim.from_dict(claim).row for claim in result["claims"]),
@@ -123,8 +128,8 @@ def section(name: str, presets: Mapping[str, Result]) -> list[str]:
         lines += ["", result["table"]] if result["table"] else []
         lines += [
             "",
-            f"**{preset}**: `{result['command']}`; {result['machine']}, {result['device']}; {result['date']}, "
-            f"{duration(result['seconds'])}; {versions}.",
+            f"**{preset}**: `{result['command']}`; {result['machine']}, {result['device']}; "
+            f"{data_set + '; ' if data_set else ''}{result['date']}, {duration(result['seconds'])}; {versions}.",
         ]
     return lines
 

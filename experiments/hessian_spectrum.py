@@ -1,4 +1,4 @@
-"""The Hessian across γ: twenty eigenvalues lazy and rich, λ_max at the end, and progressive sharpening to 2/η.
+"""The Hessian across γ: twenty eigenvalues lazy and rich, λ_max at the end, and sharpness × rate against 2.
 
     python experiments/hessian_spectrum.py --preset cpu
 
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from _descent import Descent, descended, measured, plain
-from _experiment import Claim, Found, Place, above, kept, near, run, t_interval
+from _experiment import Claim, Found, Place, above, below, kept, near, number, run, t_interval
 from _intervals import seeds_slope
 from _sweep import local_slopes, on_all_cores
 from matplotlib.axes import Axes
@@ -86,15 +86,26 @@ def measure(preset: Preset, place: Place) -> Found:
     spectra = kept(place.file("spectra.json", preset), partial(measure_spectra, preset, place))
     ends = kept(place.file("sharpness.json", preset), partial(measure_sharpness, preset, place))
     edge = kept(place.file("edge.json", preset), partial(measure_edge, preset, place, ends["points"]))
-    parts = {"spectra": spectra, "sharpness": ends, "edge": edge}
-    claims = [Claim.from_dict(claim) for part in parts.values() for claim in part.pop("claims")]
-    slopes = [one.measured for one in claims if one.what.startswith("exponent of the sharpness")]
-    late = [one.measured for one in claims if one.what.startswith("sharpness × rate")]
-    outliers = [int(one.measured) for one in claims if one.what.startswith("outliers")]
+    claims = [
+        *spectra_claims(spectra["spectra"][0], spectra["classes"]),
+        *sharpness_claims(preset, ends["points"]),
+        *map(Claim.from_dict, edge["claims"]),
+    ]
+    parts = {
+        "spectra": {key: spectra[key] for key in ("spectra", "classes")},
+        "sharpness": {"points": ends["points"]},
+        "edge": {"curves": edge["curves"]},
+    }
+
+    def measured_of(start: str) -> list[float | None]:
+        return [one.measured for one in claims if one.what.startswith(start)]
+
+    lazy, rich = (number(one, ".2f") for one in measured_of("exponent of the sharpness")[:2])
     meaning = (
-        f"The sharpness falls like γ^{slopes[0]:.2f} where training is lazy and γ^{slopes[1]:.2f} where it is rich at "
-        f"L = {preset.depths[0]}; a lazy network has {outliers[0]} outliers for {parts['spectra']['classes']} classes, "
-        f"and a large γ sharpens until sharpness × rate is {late[-1]:.2f}."
+        f"The sharpness falls like γ^{lazy} where training is lazy and γ^{rich} where it is rich at "
+        f"L = {preset.depths[0]}; a lazy network has {number(measured_of('outliers')[0], '.0f')} outliers for "
+        f"{spectra['classes']} classes, and late in a run of large γ sharpness × rate is "
+        f"{number(measured_of('sharpness × rate late')[-1], '.2f')}."
     )
     return Found(claims, meaning, picture(parts), parts)
 
@@ -103,15 +114,19 @@ def measure_spectra(preset: Preset, place: Place) -> dict[str, Any]:
     """Twenty eigenvalues at the start, early and at the end of descents on digits."""
     tasks = [(preset, gamma, place) for gamma in preset.spectrum_gammas]
     spectra = on_all_cores(spectrum, tasks, place.cores if place.device == "cpu" else 1)
-    claims, lazy, classes = [], spectra[0], place.stream.classes
+    return {"spectra": spectra, "classes": place.stream.classes}
+
+
+def spectra_claims(lazy: dict[str, Any], classes: int) -> list[Claim]:
+    """How many outliers the spectrum of a lazy network has."""
+    claims = []
     for when in ("start", "end"):
-        values = lazy[when]
-        ratios = [a / b for a, b in pairwise(values)]
+        ratios = [a / b for a, b in pairwise(lazy[when])]
         count = 1 + max(range(len(ratios)), key=ratios.__getitem__)
-        told = f"γ = {lazy['gamma']:g}, at the {when}"
-        claims.append(near(f"outliers, {told}", classes, 0.5, float(count)))
-        claims.append(above(f"eigenvalue {classes} over the next, {told}", 3, ratios[classes - 1]))
-    return {"claims": [asdict(claim) for claim in claims], "spectra": spectra, "classes": classes}
+        told, why = f"γ = {lazy['gamma']:g}, at the {when}", f"the widest gap is {max(ratios):.3g} × after {count}"
+        claims.append(near(f"outliers, {told}", classes, 0.5, float(count), why=why))
+        claims.append(above(f"eigenvalue {classes} over the next, {told}", 3, ratios[classes - 1], why=why))
+    return claims
 
 
 def spectrum(task: tuple[Preset, float, Place]) -> dict[str, Any]:
@@ -131,14 +146,15 @@ def spectrum(task: tuple[Preset, float, Place]) -> dict[str, Any]:
             optimizer.zero_grad()
             criterion(model(x), y).backward()
             optimizer.step()
-        values = hessian_eigenvalues(model, "mse", [(x, y)], k=preset.eigenvalues).values
+        k = max(preset.eigenvalues, stream.classes + 10)  # more than the outliers that are predicted
+        values = hessian_eigenvalues(model, "mse", [(x, y)], k=k).values
         found[when] = [float(f"{value:.5g}") for value in values.tolist()]
         found[f"{when}_loss"] = float(criterion(model(x), y).detach())
     return found
 
 
 def measure_sharpness(preset: Preset, place: Place) -> dict[str, Any]:
-    """λ_max at the end of descents over γ, for each depth, and its slopes."""
+    """λ_max at the end of descents over γ, for each depth."""
     sides = [(gamma, preset.lazy_rate if gamma < 1 else preset.rich_rate) for gamma in preset.gammas]
     runs = [
         Descent(
@@ -179,6 +195,11 @@ def measure_sharpness(preset: Preset, place: Place) -> dict[str, Any]:
                     "steps": round(statistics.mean(end.record.steps for end in mine)),
                 }
             )
+    return {"points": points}
+
+
+def sharpness_claims(preset: Preset, points: Sequence[dict[str, Any]]) -> list[Claim]:
+    """The exponents of λ_max on both sides of γ, and that the edge of stability did not set them."""
     claims = []
     for depth in preset.depths:
         for side, gammas, claimed, bar in (
@@ -191,10 +212,10 @@ def measure_sharpness(preset: Preset, place: Place) -> dict[str, Any]:
             found, interval = seeds_slope(lines)
             logs = [point["log10_sharpness"] for point in chosen]
             what = f"exponent of the sharpness, L = {depth}, {side}"
-            claims.append(near(what, claimed, bar, found, interval, why=local_slopes(at, logs)))
+            why = local_slopes([point["gamma"] for point in chosen], logs)
+            claims.append(near(what, claimed, bar, found, interval, why))
     free = max(point["largest_sharpness_lr"] for point in points)
-    claims.append(Claim("largest sharpness × rate of these descents", f"< {EDGE[0]:g}", free, None, free < EDGE[0]))
-    return {"claims": [asdict(claim) for claim in claims], "points": points}
+    return [*claims, below("largest sharpness × rate of these descents", EDGE[0], free)]
 
 
 def measure_edge(preset: Preset, place: Place, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -236,20 +257,18 @@ def picture(parts: dict[str, Any]) -> Figure:
     """Spectra, sharpness at the end, and the edge."""
     figure = Figure(figsize=(14, 4.2), layout="constrained")
     first, second, third = figure.subplots(1, 3)
-    for number, found in enumerate(parts["spectra"]["spectra"]):
+    for i, found in enumerate(parts["spectra"]["spectra"]):
         for when, dash in (("start", "--"), ("early", ":"), ("end", "-")):
             scaled = [value / found[when][0] for value in found[when]]
             label = f"γ = {found['gamma']:g}, {when}"
-            first.plot(
-                range(1, len(scaled) + 1), scaled, dash, marker="o", markersize=3, color=f"C{number}", label=label
-            )
+            first.plot(range(1, len(scaled) + 1), scaled, dash, marker="o", markersize=3, color=f"C{i}", label=label)
     first.axvline(parts["spectra"]["classes"] + 0.5, color="grey", linewidth=0.8, linestyle=":")
-    first.set(yscale="log", xlabel="k", ylabel="λ_k over λ_1", title="a lazy network has an outlier for each class")
+    first.set(yscale="log", xlabel="k", ylabel="λ_k over λ_1", title="largest eigenvalues; dotted: one for each class")
     first.grid(alpha=0.25)
     first.legend(frameon=False, fontsize=8)
     _draw_sharpness(second, parts["sharpness"]["points"])
     draw_edge({label: measured(each) for label, each in parts["edge"]["curves"].items()}, third)
-    third.set_title("progressive sharpening to the edge", fontsize=10)
+    third.set_title("sharpness × rate along runs of large γ", fontsize=10)
     return figure
 
 

@@ -5,15 +5,15 @@
 3-layer ReLU MLP and CNN with weights N(0, 1/fan_in), no re-initialisation (as_is), SGD, MSE, one pass. At each γ the
 largest rate that trains is found by bisection, under a law that is told nothing of the knee. The bend is where the
 two-segment line with slopes 2 and 2/L, fitted to log edge against log γ, changes its slope. Predicted: gammaopt.knee,
-within half a decade. Writes results/knee/PRESET.json and .png and prints predicted | measured | interval | holds; the
-interval is Student's, from the standard error of the jackknife over γ.
+within half a decade, which its interval need not be. Writes results/knee/PRESET.json and .png and prints predicted |
+measured | interval | holds; the interval is Student's, from the standard error of the jackknife over γ.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 from _experiment import Claim, Found, Place, run
-from _sweep import EdgeJob, even, local_slopes, stable_edges
+from _intervals import jackknife_half
+from _sweep import EdgeJob, even, neighbour_slopes, stable_edges
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 from torch import nn
 
 import gammaopt
@@ -36,6 +36,7 @@ LAW = gammaopt.EtaLaw(DEPTH)
 CNN_TASK = "digits, CNN"
 IMAGES = "images", "images, CNN"  # of a data set
 CNNS = CNN_TASK, IMAGES[1]
+BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,17 @@ def claim(row: dict[str, Any]) -> Claim:
     what = f"bend over knee, {row['task']}, width {row['width']} (knee {row['predicted']:.1f})"
     within = f"{10**-TOLERANCE:.2f} … {10**TOLERANCE:.2f}"
     interval = row["low"] / row["predicted"], row["high"] / row["predicted"]
-    why = local_slopes([math.log10(gamma) for gamma in row["gammas"]], row["log10_edge"])
-    return Claim(what, within, over, interval, holds, "" if holds else why)
+    slopes = ", ".join(f"{one:.2f}" for one in neighbour_slopes(row["gammas"], row["log10_edge"]))
+    why = f"local slopes {slopes}, where {LAW.lazy:g} below the bend and {LAW.rich:.2f} above it are predicted"
+    made = Claim(what, within, over, interval, holds, why, centre=1.0)
+    return replace(made, why="") if holds and made.off is None else made
 
 
 def meaning(rows: Sequence[dict[str, Any]], claims: Sequence[Claim]) -> str:
     """One sentence on how many bends are where the knee is, and how far off they are."""
-    held, off = sum(claim.holds for claim in claims), max(abs(math.log10(claim.measured)) for claim in claims)
     bends, knees = [row["measured"] for row in rows], [row["predicted"] for row in rows]
+    held = sum(claim.holds for claim in claims)
+    off = max(abs(math.log10(bend / knee)) for bend, knee in zip(bends, knees, strict=True))
     return (
         f"Outside mean-field form lazy turns rich at γ ≈ {min(bends):.1f} to {max(bends):.1f} where gammaopt.knee "
         f"predicts {min(knees):.1f} to {max(knees):.1f} from one batch: {held} of {len(claims)} bends lie within half "
@@ -154,11 +158,6 @@ def measure_rows(preset: Preset, place: Place) -> list[dict[str, Any]]:
     return rows
 
 
-def jackknife_half(without: Sequence[float]) -> float:
-    """Half of Student's 95 % interval, from what is estimated without each of n points in turn: n − 1 degrees."""
-    return float(student.ppf(0.975, len(without) - 1)) * math.sqrt((len(without) - 1) * np.var(without))
-
-
 def recipe(preset: Preset, place: Place, task: str, width: int) -> Recipe:
     stream = stream_of(task, place)
     build = partial(standard, task, stream, width)
@@ -167,7 +166,8 @@ def recipe(preset: Preset, place: Place, task: str, width: int) -> Recipe:
         stream,
         "mse",
         "sgd",
-        preset.steps,
+        place.steps(preset.steps, BATCH_SIZE),
+        BATCH_SIZE,
         parametrization="as_is",
         depth=float(DEPTH),
         knee=1.0,

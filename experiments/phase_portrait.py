@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _experiment import Claim, Found, Place, below, near, run
+from _experiment import Claim, Found, Place, below, near, number, run
 from _sweep import local_slopes, slope, steps_done
 from numpy.typing import NDArray
 from scipy.stats import t
@@ -95,7 +95,7 @@ def measure(preset: Sequence[Case], place: Place) -> Found:
     plain = [case for case in preset if (case.optimizer, case.loss) == ("sgd", "mse") and len(case.budgets) == 1]
     shown = next((case for case in plain if case.depth == 3), plain[0])
     edges = [
-        f"γ^{claim.measured:.2f} at L = {case.depth}"
+        f"γ^{number(claim.measured, '.2f')} at L = {case.depth}"
         for case in plain
         for claim in claims[case]
         if claim.what.startswith("edge exponent, γ ≥ 1")
@@ -167,6 +167,8 @@ def examine(case: Case, made: Portrait) -> list[Claim]:
 def spread_of_best_rate(case: Case, made: Portrait, lowest: float) -> Claim:
     """How far, in decades, the best c strays from its middle over γ ≥ ``lowest``: 0 if the law is exact."""
     points = [point for point in critical_rates(made.records, "best") if point.gamma >= lowest * (1 - 1e-6)]
+    if not points:
+        raise UsageError(f"{case.name}: no best rate lies inside the rates; widen the grid")
     gammas, seeds = sorted({p.gamma for p in points}), list(case.seed_numbers)
     logs = np.full((len(gammas), len(seeds)), math.nan)  # NaN: the best rate is not inside the grid
     for p in points:
@@ -226,8 +228,8 @@ def edge_exponent(case: Case, made: Portrait, what: str, predicted: float, toler
     if measured is None or interval is None:
         raise UsageError(f"{case.name}: too few γ have their stable edge inside the rates; widen the grid")
     gammas = sorted({p.gamma for p in points})
-    middles = [fmean(math.log(p.lr) for p in points if p.gamma == gamma) for gamma in gammas]
-    local = local_slopes([math.log(gamma) for gamma in gammas], middles)
+    middles = [fmean(math.log10(p.lr) for p in points if p.gamma == gamma) for gamma in gammas]
+    local = local_slopes(gammas, middles)
     return near(f"{what}; {case.name}", predicted, tolerance, measured, interval, why=local)
 
 
@@ -243,7 +245,8 @@ def lower_edge(case: Case, made: Portrait) -> list[Claim]:
         for gamma in longest
     ]
     in_budget = common_slope([line for line in lines if len(line) > 1], reach)
-    slopes = ", ".join(f"{slope([x for x, _ in line], [y for _, y in line])[0]:.2f}" for line in lines if len(line) > 1)
+    single = [slope([x for x, _ in line], [y for _, y in line])[0] for line in lines if len(line) > 1]
+    slopes = ", ".join(f"{one:.2f}" for one in single) + f", from {min(single):.2f} to {max(single):.2f}"
     trained = [budget for budget in case.budgets if edges[budget]]
     return [
         near(
@@ -252,7 +255,7 @@ def lower_edge(case: Case, made: Portrait) -> list[Claim]:
             0.2,
             in_gamma[0],
             in_gamma[1:],
-            local_slopes([math.log(gamma) for gamma in longest], [math.log(eta) for eta in longest.values()]),
+            local_slopes(list(longest), [math.log10(eta) for eta in longest.values()]),
         ),
         near(
             f"lower edge in the budget ({' and '.join(map(str, trained))} steps); {case.name}",
@@ -260,7 +263,7 @@ def lower_edge(case: Case, made: Portrait) -> list[Claim]:
             0.2,
             in_budget[0],
             in_budget[1:],
-            f"slopes of single γ {slopes}",
+            f"at single γ {slopes}",
         ),
     ]
 
@@ -274,10 +277,11 @@ def common_slope(lines: Sequence[Sequence[tuple[float, float]]], reach: float = 
     Raises:
         UsageError: if there are too few points to tell the slope's error.
     """
-    x, y = (np.concatenate([[p[i] - np.mean([q[i] for q in line]) for p in line] for line in lines]) for i in (0, 1))
-    free = len(x) - len(lines) - 1
+    count = sum(map(len, lines))
+    free = count - len(lines) - 1
     if free < 1:
-        raise UsageError(f"{len(x)} points of the lower edge are too few for its slope; widen the grid")
+        raise UsageError(f"{count} points of the lower edge are too few for its slope; widen the grid")
+    x, y = (np.concatenate([[p[i] - np.mean([q[i] for q in line]) for p in line] for line in lines]) for i in (0, 1))
     found = float(x @ y / (x @ x))
     variance = max(float(((y - found * x) ** 2).sum()) / free, reach**2 / 3)
     half = float(t.ppf(0.975, free)) * math.sqrt(variance / float(x @ x))

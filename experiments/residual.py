@@ -4,8 +4,9 @@
 
 Its depth is no number of layers: the last normalisation undoes the scale of all before it, so that L_eff, measured by
 gammaopt.effective_depth, is about 2 however many blocks there are. Augmented digits, MSE, mean-field form, one pass.
-For each γ the best rate is the vertex of a parabola through log held-out loss on a grid of rates; the exponent is the
-slope of log η* in log γ, with Student's 95 % interval.
+For each γ and seed the best rate is the vertex of a parabola through log held-out loss on a grid of rates; the exponent
+is the slope of log η* in log γ, the mean over seeds with Student's 95 % interval. A best rate at the end of the grid is
+none, and how many there are is in the result.
 Writes results/residual/PRESET.json and .png beside this file and prints predicted | measured | interval | holds.
 """
 
@@ -16,19 +17,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from _experiment import Claim, Found, Place, near, run
-from _intervals import slope_interval
+from _intervals import seeds_slope
 from _sweep import best_rates, even, local_slopes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from gammaopt import EtaLaw, effective_depth, wrap
+from gammaopt._errors import UsageError
 from gammaopt.online import Recipe, Stream
 
 TOLERANCE = 0.15
+BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def measure(preset: Preset, place: Place) -> Found:
 def claim(row: dict[str, Any]) -> Claim:
     """The exponent of one number of blocks."""
     what = f"best rate, {row['blocks']} blocks, L_eff = {row['depth']:.2f}"
-    why = local_slopes([math.log10(gamma) for gamma in row["gammas"]], row["log10_best"])
+    why = local_slopes(row["gammas"], row["log10_best"])
     return near(what, row["predicted"], TOLERANCE, row["measured"], row["interval"], why)
 
 
@@ -93,11 +97,22 @@ def meaning(rows: Sequence[dict[str, Any]], claims: Sequence[Claim]) -> str:
         missed = sum(not claim.holds for claim in claims)
         start = f"2/L_eff is not the exponent of {missed} of {len(claims)} normalised residual networks"
     told = "; ".join(
-        f"{2 * row['blocks'] + 2} weight layers: γ^{row['measured']:.2f} (γ^{row['predicted']:.2f} by 2/L_eff, "
-        f"γ^{2 / (2 * row['blocks'] + 2):.2f} by the number of layers)"
+        f"{layers(row)} weight layers: γ^{row['measured']:.2f} (γ^{row['predicted']:.2f} by 2/L_eff{contrast(row)})"
         for row in rows
     )
     return f"{start}: {told}."
+
+
+def layers(row: dict[str, Any]) -> int:
+    """Those with weights."""
+    return 2 * int(row["blocks"]) + 2
+
+
+def contrast(row: dict[str, Any]) -> str:
+    """The exponent by the number of layers, where the interval excludes it."""
+    by_number, interval = 2 / layers(row), row["interval"]
+    excluded = interval is not None and not interval[0] <= by_number <= interval[1]
+    return f", not γ^{by_number:.2f} by the number of layers" if excluded else ""
 
 
 def row(preset: Preset, place: Place, blocks: int) -> dict[str, Any]:
@@ -105,18 +120,38 @@ def row(preset: Preset, place: Place, blocks: int) -> dict[str, Any]:
     stream = place.stream
     build = partial(network, stream.shape, stream.classes, blocks, preset.width)
     depth = sum(measured_depth(build(), stream, seed) for seed in range(preset.seeds)) / preset.seeds
-    recipe = Recipe(build, stream, "mse", "sgd", preset.steps, depth=depth, device=place.device)
-    logs = best_rates(
+    steps = place.steps(preset.steps, BATCH_SIZE)
+    recipe = Recipe(build, stream, "mse", "sgd", steps, BATCH_SIZE, depth=depth, device=place.device)
+    of_seeds = best_rates(
         recipe, preset.gammas, even(*preset.rates), preset.seeds, place.file(f"{blocks}.jsonl", preset), place.cores
     )
+    return row_of(blocks, depth, preset.gammas, of_seeds)
+
+
+def row_of(blocks: int, depth: float, gammas: Sequence[float], of_seeds: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """The exponent of log₁₀ c of best rates, (seed, γ), NaN where a seed has none.
+
+    Raises:
+        UsageError: if at some γ no seed has one, or no seed has two.
+    """
     law = EtaLaw(depth)
-    best = [c + math.log10(law.factor(gamma)) for c, gamma in zip(logs, preset.gammas, strict=True)]
-    measured, interval = slope_interval([math.log10(gamma) for gamma in preset.gammas], best)
+    rates = [[c + math.log10(law.factor(gamma)) for c, gamma in zip(own, gammas, strict=True)] for own in of_seeds]
+    there = [[rate for rate in at if math.isfinite(rate)] for at in zip(*rates, strict=True)]
+    lines = []
+    for own in rates:
+        on = [(math.log10(gamma), rate) for gamma, rate in zip(gammas, own, strict=True) if math.isfinite(rate)]
+        lines.append(([x for x, _ in on], [y for _, y in on]))
+    measured, interval = seeds_slope(lines)
+    if not all(there) or not math.isfinite(measured):
+        raise UsageError(f"{blocks} blocks: too few best rates of a seed lie inside the grid; widen its rates")
+    best = [fmean(own) for own in there]
     return {
         "blocks": blocks,
         "depth": round(depth, 4),
-        "gammas": list(preset.gammas),
+        "gammas": list(gammas),
         "log10_best": [round(rate, 3) for rate in best],
+        "log10_best_of_seeds": [[round(rate, 3) for rate in own] for own in rates],
+        "outside": sum(not math.isfinite(rate) for own in rates for rate in own),
         "predicted": law.rich,
         "measured": round(measured, 4),
         "interval": interval and tuple(round(end, 4) for end in interval),

@@ -1,4 +1,4 @@
-"""Width transfer: one learning rate serves widths 64 to 2,048 in mean-field form and relative to a base network.
+"""Width transfer: how far the best learning rate moves with width in mean-field form, with base= and in plain form.
 
     python experiments/width_transfer.py --preset cpu
 
@@ -123,7 +123,7 @@ def reason(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     noise of so many random features. The other form is the plain one for base= and the reverse, with the same start,
     optimizer and γ.
     """
-    known = [local_slopes([math.log10(width) for width in row["widths"]], row["log10_best"])]
+    known = [local_slopes(row["widths"], row["log10_best"], "N")]
     known.append("lowest loss " + ", ".join(f"{loss:.3f}" for loss in row["loss"]))
     other = {"base": "plain", "plain": "base"}.get(row["form"])
     alike = "start", "optimizer", "gamma"
@@ -141,7 +141,7 @@ def meaning(rows: list[dict[str, Any]], ratios: Sequence[Claim]) -> str:
     parts = []
     for form in dict.fromkeys(row["form"] for row in rows):
         own = [claim for row, claim in zip(rows, ratios, strict=True) if row["form"] == form]
-        held, most = sum(claim.holds for claim in own), max(claim.measured for claim in own)
+        held, most = sum(claim.holds for claim in own), max(row["measured"] for row in rows if row["form"] == form)
         words = "more than" if form == "plain" else "at most"
         parts.append(f"{form} by {words} {SPREAD:g} × in {held} of {len(own)} cases ({most:.1f} × at most)")
     low, high = min(min(row["widths"]) for row in rows), max(max(row["widths"]) for row in rows)

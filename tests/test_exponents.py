@@ -6,8 +6,8 @@ import json
 import math
 from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import Literal
+from types import ModuleType, SimpleNamespace
+from typing import Any, Literal
 
 import architectures
 import depth
@@ -179,6 +179,15 @@ def test_the_interval_of_a_common_slope_is_students() -> None:
     assert phase_portrait.common_slope([exact], 0.6) == pytest.approx((2.0, 2.0 - half, 2.0 + half))
     with pytest.raises(ValueError, match="2 points of the lower edge are too few"):
         phase_portrait.common_slope([[(0.0, 0.0), (1.0, 1.0)]])
+    with pytest.raises(ValueError, match="0 points of the lower edge are too few"):
+        phase_portrait.common_slope([])
+
+
+def test_a_portrait_without_a_best_rate_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phase_portrait, "critical_rates", lambda *_: [])
+    made: Any = SimpleNamespace(records=[])
+    with pytest.raises(ValueError, match="no best rate lies inside the rates; widen the grid"):
+        phase_portrait.spread_of_best_rate(phase_portrait.SGD, made, 0.01)
 
 
 def test_the_distance_to_the_law_is_half_the_range_of_the_seeds_means() -> None:

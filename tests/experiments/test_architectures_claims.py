@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import architectures
@@ -37,7 +38,7 @@ def test_the_sentence_counts_the_exponents_that_hold() -> None:
     rows = [row([0.6, 0.7]), row([1.2, 1.3])]
     claims = [architectures.claim(one) for one in rows]
     assert [claim.holds for claim in claims] == [True, False]
-    assert claims[1].why == "local slopes 1.25, 1.25"
+    assert claims[1].why == "one power from γ = 1 to 100: local slopes 1.25, 1.25"
     assert "within 0.2 in 1 of 2 of the paper's architectures" in architectures.meaning(rows, claims)
 
 
@@ -64,9 +65,12 @@ def test_the_table_has_each_architecture_with_and_without_norm_and_says_what_is_
     smoke = architectures.PRESETS["smoke"]
     table = architectures.table(smoke, architectures.STREAM, [row([0.6, 0.7])])
     lines = [line.split(" | ") for line in table.splitlines()[2:4]]
-    assert [line[0] for line in lines] == ["| CNN", "| MLP"]
+    assert [line[0] for line in lines] == ["| CNN, width 4, depth 3", "| MLP, width 64, depth 3"]
     assert [line[3] for line in lines] == ["0.67", "0.67"]
     assert [line[4] for line in lines] == ["0.65 |", "measured on digits by depth.py |"]
+    looked = architectures.table(replace(smoke, looked_at=architectures.LOOKED[-2:]), architectures.STREAM, [])
+    assert [line.split(" | ")[4] for line in looked.splitlines()[3:5]] == ["not measured |"] * 2
+    assert "| ResNet-18 without normalisation, width 4, depth 2 |" in looked
     titles = {case.title for case in architectures.PRESETS["cpu"].cases} | {one.title for one in architectures.LOOKED}
     assert titles == {
         "MLP", "MLP with layer norm", "CNN", "CNN with batch norm", "ViT", "ViT without normalisation", "ResNet-18",

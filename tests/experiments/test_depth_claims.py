@@ -63,5 +63,6 @@ def test_the_interval_of_the_common_fit_is_over_seeds() -> None:
 def test_the_reason_of_a_miss_is_computed() -> None:
     (claim,) = depth.claims_of([row("sgd", 2, [0.5, 0.6])])
     assert not claim.holds
-    assert claim.why == "local slopes 0.65, 0.45"
-    assert depth.reason({**row("sgd", 2, [0.5, 0.6]), "late": 0.9}) == "local slopes 0.65, 0.45; 0.90 from γ = 30 on"
+    known = "no single power: local slopes 0.65, 0.45, from 0.45 to 0.65, steepest between γ = 1 and 10"
+    assert claim.why == known
+    assert depth.reason({**row("sgd", 2, [0.5, 0.6]), "late": 0.9}) == f"{known}; 0.90 from γ = 30 on"

@@ -11,7 +11,7 @@ from pathlib import Path
 import _experiment
 import numpy as np
 import pytest
-from _experiment import Claim, Found, Place, above, below, kept, near, run, timed
+from _experiment import Claim, Found, Place, above, below, kept, near, number, run, timed
 from _sweep import resumed
 from matplotlib.figure import Figure
 
@@ -40,6 +40,35 @@ def test_a_number_that_is_off_beyond_noise_says_so_also_where_it_holds() -> None
 ])  # fmt: skip
 def test_a_bound_must_hold_for_the_whole_interval(claim: Claim, holds: bool) -> None:
     assert claim.holds is holds
+
+
+@pytest.mark.parametrize(("claim", "why"), [
+    (above("x", 0.0, 1.0, (-0.1, 2.0)), "its interval contains the bound"),
+    (above("x", 0.0, -1.0, (-2.0, -0.1)), "its whole interval lies below"),
+    (above("x", 3.0, 2.0), "beyond by 1"),
+    (below("x", 0.5, 0.6, (0.4, 0.8)), "its interval contains the bound"),
+    (below("x", 0.5, 0.8, (0.7, 0.9)), "its whole interval lies above"),
+    (below("x", 0.5, 0.75), "beyond by 0.25"),
+    (below("x", 0.5, math.inf), "not measured"),
+    (near("x", 2.0, 0.1, 3.0, (2.5, 3.5)), "its whole interval lies above"),
+    (near("x", 2.0, 0.1, 1.0, (0.5, 1.5)), "its whole interval lies below"),
+    (near("x", 2.0, 0.1, 3.0, (1.5, 4.5)), "its interval reaches into the tolerance"),
+    (near("x", 2.0, 0.1, 1.7), "beyond by 0.2"),
+    (near("x", 2.0, 0.1, math.nan), "not measured"),
+])  # fmt: skip
+def test_a_claim_that_does_not_hold_always_has_a_reason(claim: Claim, why: str) -> None:
+    assert (claim.holds, claim.why) == (False, why)
+    assert claim.row.endswith(f": {why} |")
+
+
+def test_a_number_that_is_none_is_told_before_and_after_json() -> None:
+    made = near("x", 1.0, 0.1, math.nan, (math.nan, 2.0))
+    back = Claim.from_dict(json.loads(json.dumps(_experiment._finite(asdict(made)))))
+    assert (back.measured, back.interval) == (None, (None, 2.0))
+    for claim in (made, back):
+        assert claim.off is None
+        assert claim.row == "| x | 1.00 ± 0.1 | none | none … 2 | no: not measured |"
+    assert [number(value, ".2f") for value in (1.0, None, math.inf)] == ["1.00", "none", "none"]
 
 
 def test_what_a_kill_left_is_not_computed_again(tmp_path: Path) -> None:
@@ -127,15 +156,18 @@ def test_the_preset_paper_asks_for_its_data_and_takes_it(tmp_path: Path, capsys:
         given.append(place)
         return Found([near("x", 1, 0.1, 1.0)], "One is one.", Figure(), {"preset": preset})
 
+    (data := tmp_path / "data").mkdir()
+    np.savez(data / "part0.npz", X=np.zeros((300, 32, 32, 3), np.uint8), Y=np.arange(300) % 10)
     words = ["--results", str(tmp_path), "--work", str(tmp_path / "work"), "--preset", "paper"]
     with pytest.raises(SystemExit):
         run("made_up", "Title.", {"paper": "large"}, measure, words)
     assert "give its folder: --data PATH" in capsys.readouterr().err
-    run("made_up", "Title.", {"paper": "large"}, measure, [*words, "--data", str(tmp_path), "--device", "cpu"])
-    assert given[0].data == tmp_path
+    run("made_up", "Title.", {"paper": "large"}, measure, [*words, "--data", str(data), "--device", "cpu"])
+    assert given[0].data == data
     content = json.loads((tmp_path / "paper.json").read_text(encoding="utf-8"))
     assert content["command"] == "python experiments/made_up.py --preset paper --data PATH --device cpu"
     assert (content["title"], content["device"], content["preset"]) == ("Title", "cpu", "large")
+    assert content["data_set"].startswith("cifar5m")
 
 
 def one_is_one(_: str, __: Place) -> Found:
@@ -156,6 +188,12 @@ def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (code, line) == (
         2,
         f"made_up.py: {file / 'cpu'} can't be written: Not a directory; choose another folder with --work",
+    )
+    (odd := tmp_path / "my --out").mkdir()
+    (odd / "file").write_text("")
+    code, line = told(capsys, *results, "--work", odd / "file")
+    assert line == (
+        f"made_up.py: {odd / 'file' / 'cpu'} can't be written: Not a directory; choose another folder with --work"
     )
     code, line = told(capsys, "--results", file, "--work", tmp_path / "work")
     assert (code, line) == (2, f"made_up.py: {file}: File exists; give another --work or --results")

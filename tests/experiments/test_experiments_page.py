@@ -76,8 +76,18 @@ def test_a_prediction_outside_of_the_interval_is_counted(tmp_path: Path) -> None
     write(tmp_path, "second", "cpu", {**result(), "claims": [{**claim.__dict__}]})
     text = gallery.page(gallery.read(tmp_path))
     assert "1 of 1 predictions hold" in text
-    assert "for 1 of those the 95 % interval excludes the prediction" in text
+    assert "for 1 of those the 95 % interval excludes the prediction, and the row says by how much. A bound" in text
     assert "yes, off by +0.05 |" in text
+
+
+def test_no_prediction_outside_of_its_interval_is_no_sentence_and_a_missing_number_is_none(tmp_path: Path) -> None:
+    gone = {**near("exponent", 2.0, 0.1, 2.05).__dict__, "measured": None, "interval": [None, 2.0], "holds": False}
+    write(tmp_path, "second", "paper", {**result(), "claims": [gone], "data_set": "mnist1m"})
+    text = gallery.page(gallery.read(tmp_path))
+    assert "excludes the prediction" not in text
+    assert "written as ± or as a range. A bound holds only if the number and its whole interval" in text
+    assert "| exponent | 2.00 ± 0.1 | none | none … 2 | no |" in text
+    assert "two cores, cpu; mnist1m; 2026-01-01" in text
 
 
 def test_the_committed_page_is_what_the_committed_results_give() -> None:

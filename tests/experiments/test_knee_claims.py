@@ -1,12 +1,10 @@
-"""The knee experiment's interval is the jackknife's with Student's t, and its sentence follows from its claims."""
+"""The knee experiment's claims are about bends over knees, and its sentence follows from its claims."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import knee
-import numpy as np
-import pytest
 
 
 def row(measured: float) -> dict[str, Any]:
@@ -16,17 +14,24 @@ def row(measured: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_the_jackknife_of_a_mean_is_students_interval_of_it() -> None:
-    values = np.array([0.1, 0.4, 0.2, 0.9, 0.3])
-    without = [float(np.delete(values, i).mean()) for i in range(5)]
-    assert knee.jackknife_half(without) == pytest.approx(2.7764 * values.std(ddof=1) / 5**0.5, rel=1e-4)
+def test_a_bend_within_the_tolerance_holds_and_says_so_where_its_interval_excludes_the_knee() -> None:
+    near, off = (knee.claim(row(measured)) for measured in (9.0, 25.0))
+    assert (near.holds, near.off, near.why) == (True, None, "")
+    assert off.holds
+    assert off.row.endswith(
+        "| 0.32 … 3.16 | 2.5 | 1.25 … 5 | yes, off by +1.5: "
+        "local slopes 2.00, 0.70, where 2 below the bend and 0.67 above it are predicted |"
+    )
+    # The interval reaches beyond the range, as the page says of numbers within a tolerance.
+    assert off.interval is not None
+    assert off.interval[1] == 5.0
 
 
 def test_the_sentence_counts_bends_that_miss() -> None:
     rows = [row(9.0), row(1.0)]
     claims = [knee.claim(one) for one in rows]
     assert [claim.holds for claim in claims] == [True, False]
-    assert claims[1].why == "local slopes 2.00, 0.70"
+    assert claims[1].why.startswith("local slopes 2.00, 0.70, where 2 below the bend")
     told = knee.meaning(rows, claims)
     assert "γ ≈ 1.0 to 9.0" in told
     assert "1 of 2 bends lie within half a decade of it, the furthest off by a factor of 10.0" in told

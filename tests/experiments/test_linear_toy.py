@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import linear_toy as toy
 import numpy as np
 import pytest
 import torch
-from _experiment import near
+from _experiment import Place, near
 from scipy.integrate import solve_ivp
 
 from gammaopt._errors import UsageError
@@ -62,11 +65,15 @@ def test_descent_ends_at_the_closed_forms() -> None:
         assert found["time to half"] < 0.01
 
 
-def test_claims_are_exponents_and_none_is_another_one_shifted() -> None:
+def test_claims_are_exponents_and_each_is_of_a_quantity_of_its_own() -> None:
     preset = toy.PRESETS["smoke"]
     claims = [*toy.scalar_claims(preset, 3)[0], *toy.lower_edge(preset, 3)]
     assert all(" ± " in claim.predicted for claim in claims)
-    assert not [claim.what for claim in claims if "distance" in claim.what or "steps to" in claim.what]
+    assert [claim.what.removesuffix(", L = 3") for claim in claims] == [
+        "stable edge, γ ≪ 1", "stable edge, γ ≫ 1", "stable edge, logistic loss, γ ≪ 1", "stable edge, sign, γ ≪ 1",
+        "stable edge, sign, γ ≫ 1", "sharpness at the end, γ ≪ 1", "sharpness at the end, γ ≫ 1", "time to half, γ ≫ 1",
+        "smallest rate that trains, in γ", "smallest rate that trains, in the budget",
+    ]  # fmt: skip
 
 
 def test_a_measured_exponent_has_students_interval_and_its_local_slopes() -> None:
@@ -74,7 +81,20 @@ def test_a_measured_exponent_has_students_interval_and_its_local_slopes() -> Non
     found, interval, why = toy.exponent(gammas, logs)
     assert interval is not None
     assert interval[1] - found == pytest.approx(12.706 * 0.1 * 3**-0.5, rel=1e-3)  # t of one degree of freedom
-    assert why == "local slopes 0.90, 1.10"
+    assert why == "no single power: local slopes 0.90, 1.10, from 0.90 to 1.10, steepest between γ = 10 and 100"
+
+
+@pytest.mark.parametrize("points", [[], [(1.0, 0)], [(1.0, 0), (1.0, 1)]])
+def test_a_matrix_network_without_edges_is_a_failing_claim(
+    points: list[tuple[float, int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No edge inside the rates on either side, or one γ for each seed."""
+    edges = [SimpleNamespace(gamma=gamma, seed=seed, lr=0.1, reach=0.05) for gamma, seed in points]
+    monkeypatch.setattr(toy, "portrait", lambda *_: SimpleNamespace(records=[]))
+    monkeypatch.setattr(toy, "critical_rates", lambda *_: edges)
+    claims = toy.matrix_claims(toy.PRESETS["smoke"], Place(tmp_path), 3)
+    assert [(claim.holds, claim.why) for claim in claims] == [(False, "no two neighbours were measured")] * 2
+    assert "γ ≥ 1, L = 3: none instead of 0.67 ± 0.1" in toy.meaning(claims)
 
 
 def test_the_sentence_counts_exponents_and_names_those_that_miss() -> None:

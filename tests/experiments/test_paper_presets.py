@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +24,32 @@ def place(tmp_path: Path) -> Place:
     images, labels = random.integers(0, 256, (300, 32, 32, 3), dtype=np.uint8), np.arange(300) % 7
     np.savez(tmp_path / "part0.npz", X=images, Y=labels)
     return Place(tmp_path / "work", data=tmp_path)
+
+
+def test_no_more_steps_are_asked_for_than_the_data_set_has(place: Place) -> None:
+    there = place.stream.train_samples  # type: ignore[attr-defined]
+    preset = architectures.PRESETS["smoke"]
+    case = replace(preset.cases[0], steps=10_000)
+    assert architectures.edge_job(preset, place, case, 3.0, 1.0, 0).recipe.steps == there // case.batch_size
+    assert architectures.edge_job(preset, Place(place.work), case, 3.0, 1.0, 0).recipe.steps == 10_000
+    name = architectures.name_of(case, 1.0, 0)
+    assert json.loads(name)[3] == 10_000  # that an edge is kept under
+    assert knee.recipe(knee.Preset(steps=10_000), place, "images", 8).steps == there // knee.BATCH_SIZE
+    assert knee.recipe(knee.Preset(steps=10_000), Place(place.work), "digits", 8).steps == 10_000
+
+
+def test_the_best_rates_of_residual_networks_take_no_more_steps_than_there_are(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def best_rates(recipe: Recipe, gammas: Sequence[float], *_: object) -> list[list[float]]:
+        asked.append(recipe.steps)
+        return [[0.0 for _ in gammas]]
+
+    monkeypatch.setattr(residual, "best_rates", best_rates)
+    residual.row(replace(residual.PRESETS["smoke"], steps=10_000), place, 1)
+    assert asked == [place.stream.train_samples // residual.BATCH_SIZE]  # type: ignore[attr-defined]
 
 
 def trains(recipe: Recipe) -> bool:

@@ -15,6 +15,16 @@ NAMES = (
 )  # fmt: skip
 
 
+WITHOUT_PAPER = {"catapult_silent_alignment", "linear_toy", "tuned_vs_one"}  # their data are made, and gpu is largest
+
+
+@pytest.mark.parametrize("name", [*NAMES, "architectures"])
+def test_an_experiment_has_a_preset_paper_or_says_why_it_has_none(name: str) -> None:
+    experiment = importlib.import_module(name)
+    assert ("paper" not in experiment.PRESETS) == (name in WITHOUT_PAPER)
+    assert ("There is no preset paper:" in str(experiment.__doc__)) == (name in WITHOUT_PAPER)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_smoke_preset_leaves_its_result_and_a_second_run_tells_the_same(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -31,6 +41,7 @@ def test_smoke_preset_leaves_its_result_and_a_second_run_tells_the_same(
     assert result["meaning"].endswith(".")
     assert result["claims"]
     for claim in result["claims"]:
+        assert claim["holds"] or claim["why"], claim
         assert math.isfinite(claim["measured"]), claim
         low, high = claim["interval"] or (claim["measured"], claim["measured"])
         assert low <= claim["measured"] + 1e-12, claim

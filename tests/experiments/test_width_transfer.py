@@ -37,7 +37,7 @@ def test_a_plain_form_holds_only_where_its_rate_falls() -> None:
 
 def test_the_reason_of_a_miss_is_computed_from_the_numbers() -> None:
     base, plain = row("base", [0.0, -0.3, -0.6]), row("plain", [0.0, -0.3, -0.62])
-    known = "local slopes -0.50, -0.50; lowest loss 0.070, 0.050, 0.045"
+    known = "one power from N = 64 to 1024: local slopes -0.50, -0.50; lowest loss 0.070, 0.050, 0.045"
     assert wide.ratio(base, [base, plain]).why == f"{known}; plain, N(0, 1/fan_in): × 4.17"
     field = row("mean field", [0.0, -0.3, -0.6])
     assert wide.ratio(field, [field, plain]).why == known

@@ -96,7 +96,8 @@ def read_only(path: Path) -> Any:
     optuna = require("optuna", "tune")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with experiments_allowed():
-        url = f"sqlite:///file:{quote(str(path.resolve()))}?mode=ro&uri=true"
+        # Twice: SQLAlchemy decodes it, and so does SQLite, which would take a "?" in it for the end of the path.
+        url = f"sqlite:///file:{quote(quote(str(path.resolve())))}?mode=ro&uri=true"
         return optuna.storages.RDBStorage(url, skip_table_creation=True)
 
 

@@ -84,6 +84,18 @@ def test_a_study_read_back_is_the_study_with_or_without_its_database(study: Stud
         assert replace(state.result(), command=study.result.command) == study.result
 
 
+@pytest.mark.parametrize("name", ["100%", "a%20b", "what?", "a?mode=rwc", "#1", "a b"])
+def test_a_database_in_a_folder_of_any_name_is_read_and_no_other_is_made(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    copy = Path(shutil.copytree(study.out, tmp_path / name / "copy"))
+    monkeypatch.setattr("gammaopt.tuning._state.search_again", pytest.fail)
+    state = read_folder(copy)
+    assert tuple(trial for trials in state.trials.values() for trial in trials) == study.result.trials
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert content(copy) == content(study.out)
+
+
 def test_a_study_is_read_under_any_versions_and_its_search_is_made_again_under_its_own(
     copied: Path, here: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -163,8 +163,8 @@ class Queue:
                     self.storage.set_trial_state_values(trial._trial_id, TrialState.PRUNED)
                     continue
                 self.storage.set_trial_user_attr(trial._trial_id, "worker", worker)
-                if commit is not None:
-                    self.storage.set_trial_user_attr(trial._trial_id, COMMIT, commit)
+                # Unknown too: a trial that takes a lost one's place has the attributes of that one.
+                self.storage.set_trial_user_attr(trial._trial_id, COMMIT, commit)
             except UpdateFinishedTrialError:
                 continue
             attrs = trial.user_attrs
@@ -242,10 +242,10 @@ class Queue:
             if wanted is None or name in wanted
         ]
 
-    def commits(self) -> list[str]:
-        """The commits of the workers' code that finished cells, as far as they are known, in order of the cells."""
-        found = [trial.user_attrs.get(COMMIT) for trial in self._trials(TrialState.COMPLETE)]
-        return list(dict.fromkeys(commit for commit in found if commit is not None))
+    def commits(self) -> dict[str, str | None]:
+        """Hash of a finished cell → the commit of its worker's code, ``None`` outside git; of those who told it."""
+        attrs = [trial.user_attrs for trial in self._trials(TrialState.COMPLETE)]
+        return {each["cell"]: each[COMMIT] for each in attrs if COMMIT in each}
 
     def counts(self) -> Counter[str]:
         """State → how many trials: WAITING, RUNNING, COMPLETE, FAIL if the worker was lost, PRUNED if given up."""

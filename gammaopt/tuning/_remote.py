@@ -27,7 +27,7 @@ class RemoteWorkers:
     """Trains cells by putting them into the queue. A context manager; the queue is closed when the study is done.
 
     With ``guest=True`` that is left to the study's own coordinator: workers stay for the cells of both. ``on_commit``
-    is told each commit of the code that the workers trained with, once their cells are done.
+    is told the commit of the code that each cell was trained with, ``None`` if it is not known, ahead of its record.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class RemoteWorkers:
         began_under: dict[str, str],
         study_id: str,
         guest: bool = False,
-        on_commit: Callable[[str], object] = lambda _: None,
+        on_commit: Callable[[Cell, str | None], object] = lambda _, __: None,
     ) -> None:
         self._on_commit = on_commit
         self._plan, self._url, self._remote, self._guest = plan, url, remote, guest
@@ -76,12 +76,12 @@ class RemoteWorkers:
         self._queue.enqueue(waiting.values())
         reaped = busy = time.monotonic()
         while waiting:
-            for name, record in self._queue.records(waiting):
-                del waiting[name]
-                yield record
+            if records := self._queue.records(waiting):
+                commits = self._queue.commits()
+                for name, record in records:
+                    self._on_commit(waiting.pop(name), commits.get(name))
+                    yield record
             if not waiting:
-                for commit in self._queue.commits():
-                    self._on_commit(commit)
                 return
             now = time.monotonic()
             if now - reaped > self._reap_every:

@@ -108,7 +108,8 @@ class TuneResult:
         command: the exact command line, folder and storage included: it goes on with the study or remakes its report.
         trials: every cell searched.
         runs: arm name → its records on the fresh seeds, in the order of the seeds.
-        git_commit: of the code that was studied, if it is in git.
+        git_commit: of the code that its runs were made under, if that is in git; the first of those in a note, if they
+            were made under several.
     """
 
     plan: Plan

@@ -12,7 +12,7 @@ import dataclasses
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +22,7 @@ from typing import Any
 from gammaopt._errors import UsageError, require
 from gammaopt.online._run_file import read_runs
 from gammaopt.tuning._budget import Plan
-from gammaopt.tuning._folder import Cell, Folder, commits_of, notes_on, opened
+from gammaopt.tuning._folder import Cell, Commits, Folder, commits_in, opened
 from gammaopt.tuning._folder import plan_from as plan_from
 from gammaopt.tuning._plan import StudyPlan
 from gammaopt.tuning._record import Record
@@ -55,8 +55,8 @@ class StudyState:
         study_id: what tells it from others of the same plan.
         runs: cell → its record.
         find_trials: gives :attr:`trials`, which takes its time where the searches have to be made again.
+        commits: of the code that its runs were made under.
         queue: state → trials of the queue, of a study with workers.
-        git_commits: of the code that its runs were made under, where they are known, the first one first.
         grace: seconds of silence after which its workers are taken for lost, of a study with workers.
     """
 
@@ -66,8 +66,8 @@ class StudyState:
     study_id: str
     runs: Mapping[Cell, Record]
     find_trials: Callable[[], dict[str, list[Trial]]]
+    commits: Commits
     queue: Counter[str] | None = None
-    git_commits: Sequence[str] = ()
     grace: int | None = None
 
     @cached_property
@@ -122,9 +122,8 @@ class StudyState:
                 f"{missing} of {len(cells)} runs on fresh seeds are missing in {self.where}; "
                 f"run `gammaopt confirm`, or let {self.maker} finish it"
             )
-        commit = self.git_commits[0] if self.git_commits else None
-        result = result_from(self._with(seeds), self.trials, self.runs, self.versions, commit, self.plan.command())
-        result = replace(result, notes=(*result.notes, *notes_on(self.git_commits)))
+        command = self.plan.command()
+        result = result_from(self._with(seeds), self.trials, self.runs, self.versions, self.commits, command)
         if seeds is None or seeds == self.plan.confirm_seeds:
             return result
         another = (
@@ -159,7 +158,7 @@ def read_folder(path: Path) -> StudyState:
             return found
         return _again(str(path), plan, runs, began_under)
 
-    return StudyState(str(path), plan, began_under, study_id, runs, find_trials, git_commits=commits_of(content))
+    return StudyState(str(path), plan, began_under, study_id, runs, find_trials, commits=commits_in(path))
 
 
 def read_storage(url: str, name: str) -> StudyState:
@@ -179,8 +178,10 @@ def read_storage(url: str, name: str) -> StudyState:
     try:
         with server_errors(url, patience=0.0):
             queue = find_queue(storage, name)
-            records = [record for _, record in queue.records()]
-            plan, began_under, runs = queue.plan, dict(queue.attrs["versions"]), _by_cell(records)
+            records, commits = queue.records(), queue.commits()
+            plan, began_under = queue.plan, dict(queue.attrs["versions"])
+            runs = _by_cell(record for _, record in records)
+            made_under = {_cell_of(record): commits[name] for name, record in records if name in commits}
             found = _stored(storage, name, plan, runs)
             return StudyState(
                 name,
@@ -190,24 +191,28 @@ def read_storage(url: str, name: str) -> StudyState:
                 runs,
                 lambda: _again(name, plan, runs, began_under) if found is None else found,
                 queue=queue.counts(),
-                git_commits=list(dict.fromkeys([*_commits_of(storage, name), *queue.commits()])),
+                commits=Commits(_begun_under(storage, name), made_under),
                 grace=queue.grace,
             )
     finally:
         storage.engine.dispose()
 
 
-def _commits_of(storage: Any, name: str) -> list[str]:
-    """The commits that the study's arms were begun at, as far as they were."""
+def _begun_under(storage: Any, name: str) -> str | None:
+    """The commit that the study's search was begun under; ``None`` where it is not known."""
     optuna = require("optuna", "tune")
-    there = {study.study_name for study in storage.get_all_studies()}
-    names = [f"{name}/{arm}" for arm in ("tuned", "one_equal_budget") if f"{name}/{arm}" in there]
-    found = [optuna.load_study(study_name=of, storage=storage).user_attrs.get("git_commit") for of in names]
-    return list(dict.fromkeys(commit for commit in found if commit is not None))
+    if f"{name}/tuned" not in {study.study_name for study in storage.get_all_studies()}:
+        return None
+    commit: str | None = optuna.load_study(study_name=f"{name}/tuned", storage=storage).user_attrs.get("git_commit")
+    return commit
 
 
-def _by_cell(records: Sequence[Record]) -> dict[Cell, Record]:
-    return {Cell(record.gamma, record.lr, record.seed): record for record in records}
+def _by_cell(records: Iterable[Record]) -> dict[Cell, Record]:
+    return {_cell_of(record): record for record in records}
+
+
+def _cell_of(record: Record) -> Cell:
+    return Cell(record.gamma, record.lr, record.seed)
 
 
 def _stored(storage: Any, name: str, plan: Plan, runs: Mapping[Cell, Record]) -> dict[str, list[Trial]] | None:

@@ -256,7 +256,9 @@ def test_a_study_through_workers_is_the_study_of_one_process(
             assert mine.prequential_accuracy == theirs.prequential_accuracy
             assert mine.prequential_loss == pytest.approx(theirs.prequential_loss, rel=1e-5)
     assert names(database) == ["mine/cells", "mine/one_equal_budget", "mine/tuned"]
-    assert read_storage(database, "mine").git_commits == [single.git_commit]
+    stored = read_storage(database, "mine")
+    assert {stored.commits.of(cell) for cell in stored.runs} == {stored.commits.begun} == {single.git_commit}
+    assert many.git_commit == stored.result().git_commit == single.git_commit
     assert {trial.user_attrs["git_commit"] for trial in trials(database)} == {single.git_commit}
     counts = Counter(trial.state.name for trial in trials(database))
     assert counts == {"COMPLETE": len((tmp_path / "many" / "runs.jsonl").read_text().splitlines())}

@@ -291,13 +291,16 @@ def _as_usage_error(storage: Any) -> Iterator[None]:
     import sqlalchemy.exc
 
     optuna = require("optuna", "tune")
+    # A storage in memory has no engine.
+    url = storage.engine.url.render_as_string(hide_password=False) if hasattr(storage, "engine") else "sqlite://"
+    if not _is_a_file(url):
+        from gammaopt.tuning._server import server_errors
+
+        with server_errors(url, getattr(storage, "patience", 0.0)):  # Optuna's own doesn't wait
+            yield
+        return
     try:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        url = storage.engine.url.render_as_string(hide_password=False)
-        if not _is_a_file(url):
-            from gammaopt.tuning._server import cannot_use
-
-            raise cannot_use(url, error) from None
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise UsageError(f"the study's storage can't be used ({reason}); {_mend(reason)}") from None

@@ -176,7 +176,7 @@ def read_storage(url: str, name: str) -> StudyState:
         )
     storage = open_server(url, grace=60, create=False, patience=0.0)
     try:
-        with server_errors(url, patience=0.0):
+        with server_errors(url, storage.patience):
             queue = find_queue(storage, name)
             records, commits = queue.records(), queue.commits()
             plan, began_under = queue.plan, dict(queue.attrs["versions"])

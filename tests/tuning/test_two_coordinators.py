@@ -58,6 +58,24 @@ def test_workers_stay_for_the_cells_of_both_whichever_ends_first(storage: Memory
     assert queue.over
 
 
+def test_workers_of_a_finished_study_wait_for_no_cell_that_nobody_will_queue_again(storage: MemoryStorage) -> None:
+    with coordinator(grace=60), coordinator(guest=True):
+        queue = find_queue(storage, "mine")
+        queue.enqueue([MINE, THEIRS])
+        lost = queue.claim("killed")  # as is the confirmation that wanted it
+        assert lost is not None
+    storage.last_beat[lost.trial_id] -= 2 * 60 - 5
+    work(queue)
+    assert not queue.over  # a coordinator that is there may just be about to see it
+    storage.last_beat[lost.trial_id] -= 10
+    assert queue.over
+    queue.enqueue([OTHER])
+    assert not queue.over
+    queue.set_closed(False)
+    work(queue)
+    assert not queue.over
+
+
 def test_a_confirmation_leaves_a_queue_open_or_closed_as_it_was(storage: MemoryStorage) -> None:
     for closed in (True, False):
         with coordinator(guest=True) as guest:

@@ -360,6 +360,17 @@ def test_of_two_live_trials_of_a_cell_the_first_counts(database: str, tmp_path: 
     assert [trial.state.name for trial in trials(database)] == ["COMPLETE", "COMPLETE", "PRUNED", "PRUNED"]
 
 
+def test_workers_of_a_finished_study_do_not_wait_for_a_lost_one_that_nobody_reaps(
+    database: str, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    with coordinator(database, SHORT, grace=SOON) as queue:
+        queue._queue.enqueue(cells(1))
+        assert queue._queue.claim("killed") is not None
+    assert work(database, "mine", checkpoints=tmp_path, say=said.append) == 0  # it comes to its end
+    assert said[-1] == "the study is done; 0 cells finished here"
+
+
 def test_a_coordinator_killed_while_it_reaped_leaves_no_cell_behind(database: str, tmp_path: Path) -> None:
     planned = cells(2)
     with coordinator(database, SHORT) as queue:

@@ -194,7 +194,8 @@ class TuneResult:
                 points = f" ({shown(easiest.confirm.mean_difference)}), only at the rate it chose: {difference}"
         beside = ""
         if self.verdict in ("confirmed", "worse") and self.smallest_difference != self.confirm.mean_difference:
-            beside = f"; against γ = 1 at a rate beside it {shown(self.smallest_difference)} at least"
+            least = shown(self.smallest_difference).lstrip("-")  # as above: "worse by"
+            beside = f"; against γ = 1 at a rate beside it {least} at least"
         seeds = len(self.confirm.seeds)
         few = "" if seeds >= ENOUGH_SEEDS else f" {seeds} seeds are too few to show it: give {ENOUGH_SEEDS} or more."
         unit = "points of" if self.plan.scale == 100 else "in"

@@ -156,6 +156,7 @@ def search(
     evaluate: Evaluate,
     told: Callable[[Trial], None],
     commit: str | None = None,
+    named: bool = False,
 ) -> list[Trial]:
     """Run the arm's study to its number of trials, going on where an earlier process stopped.
 
@@ -167,6 +168,7 @@ def search(
         evaluate: runs cells, and returns a record for each.
         told: called with each trial when it is done, and at the start with those done before.
         commit: of the code, kept with the plan.
+        named: whether the user gave the name.
 
     Returns:
         The completed trials, in order.
@@ -184,7 +186,8 @@ def search(
         for before in completed(study, plan, arm):
             told(before)
         if len(completed(study, plan, arm)) < arm.trials:
-            _check_grid(study, name, arm.space.digest(start))
+            another = "another name with --study" if named else f"another folder with {plan.option('out')}"
+            _check_grid(study, name, arm.space.digest(start), another)
         while len(done := completed(study, plan, arm)) < arm.trials:
             batch = _ask(study, plan, arm, start, len(done))
             cells = [[Cell(*arm.space.cell(t.params), seed) for seed in plan.tuning_seeds] for t in batch]
@@ -196,11 +199,11 @@ def search(
         return done
 
 
-def _check_grid(study: optuna.Study, name: str, here: str) -> None:
+def _check_grid(study: optuna.Study, name: str, here: str, another: str) -> None:
     if (there := study.user_attrs.get("grid_hash")) != here:
         raise UsageError(
             f"the search {name} began on another grid (hash {there} there, {here} here), and its trials would mix; "
-            "go on with the code that it began under, or choose another folder with --out"
+            f"go on with the code that it began under, or choose {another}"
         )
 
 

@@ -1,8 +1,9 @@
 """A study as it stands, read without changing it: from its folder, or from a storage and its name there.
 
 The trials are read from the arms' Optuna studies, as far as their runs are there. Where those are missing, the searches
-are made again from the runs, in memory and under the versions that the study began under: which points come next
-follows from the finished trials, so they come out as they were, up to the first run that is missing.
+are made again from the runs, in memory: which points come next follows from the finished trials, so under the versions
+that the study began under they come out as they were, up to the first run that is missing. Under others they may be
+other points, for which there are no runs.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class StudyState:
         """Arm → its complete trials, in order.
 
         Raises:
-            UsageError: if they can't be told here: the study's storage is missing, and the versions are others.
+            UsageError: if they can't be told here: the study's storage is missing, and under the versions here the
+                searches don't come out as they were.
         """
         return self.find_trials()
 
@@ -156,7 +158,8 @@ def read_folder(path: Path) -> StudyState:
         whole = found is not None and all(len(trials) == plan.trials for trials in found.values())
         if found is not None and (whole or not (path / "result.json").exists()):
             return found
-        return _again(str(path), plan, runs, began_under)
+        fix = "install those, or restore its study.db: its searches are read from there"
+        return _again(str(path), plan, runs, began_under, f"{fix}, or with --storage and --study if it has workers")
 
     return StudyState(str(path), plan, began_under, study_id, runs, find_trials, commits=commits_in(path))
 
@@ -189,7 +192,7 @@ def read_storage(url: str, name: str) -> StudyState:
                 began_under,
                 queue.attrs["id"],
                 runs,
-                lambda: _again(name, plan, runs, began_under) if found is None else found,
+                lambda: _again(name, plan, runs, began_under, "install those") if found is None else found,
                 queue=queue.counts(),
                 commits=Commits(_begun_under(storage, name), made_under),
                 grace=queue.grace,
@@ -251,12 +254,14 @@ def _in_database(path: Path, name: str, plan: Plan, runs: Mapping[Cell, Record])
 
 
 def _again(
-    where: str, plan: Plan, runs: Mapping[Cell, Record], began_under: Mapping[str, str]
+    where: str, plan: Plan, runs: Mapping[Cell, Record], began_under: Mapping[str, str], fix: str
 ) -> dict[str, list[Trial]]:
     """:func:`search_again`, where it gives the trials that the study had."""
-    if runs:
-        check_versions(where, began_under, "install those, or restore its study.db: its searches are read from there")
-    return search_again(plan, runs)
+    found = search_again(plan, runs)
+    # Other versions may ask for other points. They haven't, if the study ran every one of these.
+    if runs and any(len(trials) < plan.trials for trials in found.values()):
+        check_versions(where, began_under, fix)
+    return found
 
 
 class _NotYetError(Exception):
@@ -328,7 +333,7 @@ def confirm_in_folder(
     cells = state.cells_to_confirm(seeds)
     if all(cell in state.runs for cell in cells):
         return state.result(seeds)
-    check_versions(state.where, state.versions)
+    check_versions(state.where, state.versions, INSTALL)
     with opened(path, state.plan) as folder, workers_of(folder) as workers:
         missing = [cell for cell in cells if cell not in folder.runs]
         on_run(0, len(missing))
@@ -396,10 +401,11 @@ def _arms_of(state: StudyState) -> dict[Cell, list[str]]:
 
 
 def table(state: StudyState, what: str, form: str) -> str:
-    """The runs or the trials as text: ``"csv"``, or ``"jsonl"`` with everything that was recorded.
+    """The runs or the trials as text: ``"csv"``, or ``"jsonl"`` with everything that was recorded, as it was.
 
-    A row of runs says what each was for: ``tuned`` or ``one_equal_budget`` in the search, several if arms share it, and
-    ``confirm ARM`` on a fresh seed. It is empty where the searches can't be told here, see :attr:`StudyState.trials`.
+    Of the runs, the csv says in a column ``arms`` what each was for: ``tuned`` or ``one_equal_budget`` in the search,
+    several if arms share it, and ``confirm ARM`` on a fresh seed. It is empty where the searches can't be told here,
+    see :attr:`StudyState.trials`.
     """
     rows: list[dict[str, Any]]
     if what == "trials":

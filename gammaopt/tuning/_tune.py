@@ -153,7 +153,9 @@ def run_study(
     given = None if storage is None else _open(storage, remote)
     with _disposed(given), opened(out, plan) as folder, workers_of(folder) as workers:
         if not folder.finished:
-            check_versions(str(out), folder.versions)
+            elsewhere = f"another folder with {plan.option('out')}"
+            elsewhere += "" if remote is None else " and another name with --study"  # a queue is of one folder
+            check_versions(str(out), folder.versions, f"install those, or choose {elsewhere}")
         # The runs of a folder are those of its plan: what it has is done.
         counter = _Counter(plan, folder, on_progress or (lambda _: None), asked=set(folder.runs))
 
@@ -178,7 +180,9 @@ def run_study(
         trials: dict[str, list[Trial]] = {}
         for arm in arms(plan):
             counter.stage = arm.arm
-            trials[arm.arm] = search(plan, name, arm, backend, evaluate, counter.told, commit=folder.commits.begun)
+            trials[arm.arm] = search(
+                plan, name, arm, backend, evaluate, counter.told, commit=folder.commits.begun, named=remote is not None
+            )
         # Trials that the database kept may have lost their runs, to a power cut or a hand: those are trained again.
         searched = [trial for of_arm in trials.values() for trial in of_arm]
         evaluate([Cell(trial.gamma, trial.lr, seed) for trial in searched for seed in plan.tuning_seeds])
@@ -304,10 +308,9 @@ def result_from(
 
 
 INSTALL = "install the same"
-ELSEWHERE = "install those, or choose another folder with --out"
 
 
-def check_versions(study: str, began_under: Mapping[str, str], fix: str = ELSEWHERE) -> None:
+def check_versions(study: str, began_under: Mapping[str, str], fix: str) -> None:
     """Raise :class:`UsageError` unless the versions here are those that the study began under."""
     now = versions()
     changed = [

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
+import optuna
 import pytest
 from known_hill import SMALL, hill
+from memory_storage import MemoryStorage
 
 from gammaopt import UsageError
 from gammaopt.online import Curve, RunRecord
-from gammaopt.tuning import ObjectiveTrial, StudyPlan, TuneResult, _folder, confirm, study
+from gammaopt.tuning import ObjectiveTrial, Remote, StudyPlan, TuneResult, _folder, _tune, confirm, study, tune
 from gammaopt.tuning._folder import MIXED, Cell, opened
+from gammaopt.tuning._search import Search, search
 from gammaopt.tuning._state import read_folder
+
+PLAN = StudyPlan("digits", steps=2, trials=4, seeds=1, confirm_seeds=2)
 
 
 def run(out: Path, objective: Callable[[ObjectiveTrial], float] = hill) -> TuneResult:
@@ -94,8 +101,7 @@ def test_of_runs_that_were_made_elsewhere_the_commit_there_counts(
 ) -> None:
     monkeypatch.setattr(_folder, "git_commit", lambda _: "A")
     there, unknown, _ = cells = [Cell(1.0, 0.5, seed) for seed in range(3)]
-    plan = StudyPlan("digits", steps=2, trials=4, seeds=1, confirm_seeds=2)
-    with opened(tmp_path, plan) as folder:
+    with opened(tmp_path, PLAN) as folder:
         folder.made_under(there, "B")
         folder.made_under(unknown, None)
         for cell in cells:
@@ -108,6 +114,51 @@ def test_of_runs_that_were_made_elsewhere_the_commit_there_counts(
 def test_a_search_that_began_on_another_grid_is_refused(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = (begun / "runs.jsonl").read_bytes()
     monkeypatch.setattr("gammaopt.tuning._space.Space.digest", lambda *_: "another")
-    with pytest.raises(UsageError, match=r"began on another grid \(hash .* there, another here\)"):
+    with pytest.raises(UsageError, match=r"began on another grid \(hash .* there, another here\)") as told:
         run(begun)
+    assert str(told.value).endswith("or choose another folder with `out`")
     assert (begun / "runs.jsonl").read_bytes() == runs
+
+
+@pytest.mark.parametrize(
+    ("named", "another"), [(True, "another name with --study"), (False, "another folder with --out")]
+)
+def test_a_search_on_another_grid_is_given_another_name_where_it_has_one(
+    monkeypatch: pytest.MonkeyPatch, named: bool, another: str
+) -> None:
+    class KilledError(Exception): ...
+
+    def again() -> None:
+        search(PLAN, "mine", Search("tuned", PLAN.space("tuned"), 4), storage, Mock(side_effect=KilledError), Mock(),
+               named=named)  # fmt: skip
+
+    storage = optuna.storages.InMemoryStorage()
+    with pytest.raises(KilledError):
+        again()
+    monkeypatch.setattr("gammaopt.tuning._space.Space.digest", lambda *_: "another")
+    with pytest.raises(UsageError, match=f"or choose {another}$"):
+        again()
+
+
+def test_a_study_of_a_function_under_other_versions_is_told_its_own_argument(begun: Path) -> None:
+    of_other_versions(begun)
+    with pytest.raises(UsageError, match=r"install those, or choose another folder with `out`$"):
+        run(begun)
+
+
+def test_a_named_study_under_other_versions_needs_another_name_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path, PLAN):
+        pass
+    of_other_versions(tmp_path)
+    monkeypatch.setattr(_tune, "_open", lambda *_: MemoryStorage())
+    monkeypatch.setattr(_tune, "_workers", lambda *_: nullcontext())
+    with pytest.raises(UsageError, match=r"or choose another folder with --out and another name with --study$"):
+        tune(PLAN, tmp_path, storage="postgresql://x", remote=Remote("mine"))
+
+
+def of_other_versions(path: Path) -> None:
+    content = json.loads((path / "study.json").read_text())
+    content["versions"]["torch"] = "1.0"
+    (path / "study.json").write_text(json.dumps(content))

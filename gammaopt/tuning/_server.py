@@ -106,12 +106,14 @@ class PatientStorage(RDBStorage):
             raise
 
     def silent(self, study_id: int, seconds: float) -> set[int]:
-        """The running trials of a study that gave no sign of life for so long, by the server's clock."""
-        return self.wait_for_it(lambda: self._silent(study_id, seconds))  # type: ignore[no-any-return]
+        """The running trials of a study that gave no sign of life for so long, though the server was there for it."""
+        found: set[int] = self.wait_for_it(lambda: self._silent(study_id, seconds))
+        return found if time.monotonic() - self.away_until > seconds else set()
 
     def _silent(self, study_id: int, seconds: float) -> set[int]:
         trial, beat = models.TrialModel, models.TrialHeartbeatModel
         with _create_scoped_session(self.scoped_session, True) as session:
+            # Of the server's clock, and naive as heartbeats are.
             now = session.execute(sqlalchemy.func.now()).scalar_one().replace(tzinfo=None)
             found = (
                 session.query(trial.trial_id)

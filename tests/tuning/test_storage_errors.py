@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -169,6 +170,8 @@ def test_the_trials_that_gave_no_sign_of_life_for_long_are_told(storage: Patient
     storage.set_trial_state_values(done.trial_id, optuna.trial.TrialState.FAIL)
     assert storage.silent(queue.study._study_id, 90) == {silent.trial_id}
     assert storage.silent(queue.study._study_id, 110) == set()
+    storage.away_until = time.monotonic() - 80
+    assert storage.silent(queue.study._study_id, 90) == set()  # nobody could give one in all that time
 
 
 def coordinator() -> RemoteWorkers:

@@ -19,6 +19,7 @@ from gammaopt.online import Curve, RunRecord
 from gammaopt.tuning import Remote, StudyPlan, _remote, _server, _worker
 from gammaopt.tuning._folder import Cell, versions
 from gammaopt.tuning._queue import PART, make_queue
+from gammaopt.tuning._record import Record
 from gammaopt.tuning._remote import RemoteWorkers
 from gammaopt.tuning._search import Search, open_storage, search
 from gammaopt.tuning._server import PatientStorage, cannot_open, cannot_use, server_errors
@@ -146,7 +147,7 @@ def test_a_search_that_was_deleted_from_its_server_says_so(tmp_path: Path, monke
     monkeypatch.setattr("gammaopt.tuning._search._is_a_file", lambda _: False)
     arm = Search("tuned", PLAN.space("tuned"), 4)
 
-    def evaluate(cells: list[Cell]) -> dict[Cell, RunRecord]:
+    def evaluate(cells: list[Cell]) -> dict[Cell, Record]:
         delete(storage, "mine/tuned")
         return {
             cell: RunRecord(cell.gamma, cell.lr, cell.seed, 2, 1.0, 0.5, 1.0, 0.5, 1.0, None, Curve((), (), ()))

@@ -63,11 +63,16 @@ def status(folder: Folder = None, storage: Url = None, study: Name = None, json:
         of = "" if confirm["runs_total"] is None else f"/{confirm['runs_total']}"
         typer.echo(f"  {'confirm':<16}{confirm['runs']:>5}{of} runs on fresh seeds")
         if figures["queue"] is not None:
-            words = {"WAITING": "waiting", "RUNNING": "running", "COMPLETE": "done", "FAIL": "lost and queued again"}
-            counts = ", ".join(f"{figures['queue'].get(key, 0)} {word}" for key, word in words.items())
-            typer.echo(f"  {'cells':<16}{counts}")
+            typer.echo(f"  {'cells':<16}{_queue_in_words(figures['queue'])}")
         if figures["in_words"] is not None:
             typer.echo(figures["in_words"])
+
+
+def _queue_in_words(counts: dict[str, int]) -> str:
+    always = {"WAITING": "waiting", "RUNNING": "running", "COMPLETE": "done"}
+    if_any = {"FAIL": "lost and queued again", "PRUNED": "handed back or given up"}
+    shown = {**always, **{state: words for state, words in if_any.items() if counts.get(state)}}
+    return ", ".join(f"{counts.get(state, 0)} {words}" for state, words in shown.items())
 
 
 def report(

@@ -1,8 +1,8 @@
 """The folder of a study: what is in it, who may use it, and how a killed study finds what it had finished.
 
-study.json    the frozen plan, the versions and the git commit it began under, written first; the folder belongs to it.
-              Further commits that runs were made under are added
+study.json    the frozen plan, the versions and the git commit it began under, written first; the folder belongs to it
 runs.jsonl    one line for each finished run; a run found here is never trained again
+commits.jsonl the commit of each run that was made under another one
 stack-….pt    the runs in training, one file for each process, while there are some
 stack-….jsonl the finished ones of them, until they stand in runs.jsonl
 study.db      Optuna's SQLite storage, unless another storage was given
@@ -12,17 +12,18 @@ lock          held while a process works here
 
 from __future__ import annotations
 
+import functools
 import json
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gammaopt._errors import UsageError
 from gammaopt._files import locked, write_for_user
-from gammaopt.online._run_file import RunFile
+from gammaopt.online._run_file import RunFile, read_runs
 from gammaopt.tuning._budget import Plan
 from gammaopt.tuning._frozen import git_commit
 from gammaopt.tuning._frozen import versions as versions
@@ -42,14 +43,68 @@ class Cell:
     seed: int
 
 
-def commits_of(content: Mapping[str, Any]) -> list[str]:
-    """The commits that stand in a study.json."""
-    first = content.get("git_commit")
-    return [*([] if first is None else [str(first)]), *content.get("further_commits", [])]
+@dataclass(frozen=True)
+class Commits:
+    """The commits of the code that a study's runs were made under.
+
+    Attributes:
+        begun: the one that the study began under, and each run that ``others`` doesn't name; ``None`` outside git.
+        others: cell → its commit, of runs made under another one; ``None`` where it is not known.
+        anywhere: further ones, of no run in particular, as an older study.json has them.
+    """
+
+    begun: str | None = None
+    others: Mapping[Cell, str | None] = field(default_factory=dict)
+    anywhere: Sequence[str] = ()
+
+    def of(self, cell: Cell) -> str | None:
+        """That of one run."""
+        return self.others.get(cell, self.begun)
+
+    def under(self, cells: Iterable[Cell]) -> list[str]:
+        """Those of several runs, as far as they are known; the one that the study began under is the first."""
+        found = dict.fromkeys((*map(self.of, cells), *self.anywhere))
+        return sorted((commit for commit in found if commit is not None), key=lambda commit: commit != self.begun)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A line of commits.jsonl: a run, and the commit that it was made under."""
+
+    gamma: float
+    lr: float
+    seed: int
+    commit: str | None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def _made(values: dict[str, Any]) -> _Made:
+    return _Made(**values)
+
+
+def _by_cell(made: Iterable[_Made]) -> dict[Cell, str | None]:
+    return {Cell(each.gamma, each.lr, each.seed): each.commit for each in made}
+
+
+def commits_in(path: Path) -> Commits:
+    """The commits of a folder's runs. Changes nothing.
+
+    Raises:
+        UsageError: for a damaged commits.jsonl.
+    """
+    made, _ = read_runs(path / "commits.jsonl", _made)
+    return _commits(path, _by_cell(made))
+
+
+def _commits(path: Path, others: Mapping[Cell, str | None]) -> Commits:
+    content = _read_json(path / "study.json")
+    return Commits(content.get("git_commit"), others, content.get("further_commits", ()))
 
 
 def notes_on(commits: Sequence[str]) -> tuple[str, ...]:
-    """What a reader should know of a study whose runs were made under several commits."""
+    """What a reader should know of a result whose runs were made under several commits."""
     return (f"{MIXED}{', '.join(commits)}; they may differ by more than γ and rate",) if len(commits) > 1 else ()
 
 
@@ -126,21 +181,44 @@ class Folder:
     """An opened folder: the finished runs, and where the rest goes."""
 
     def __init__(self, path: Path, plan: Plan) -> None:
-        self.path, self._source, self._made_here = path, plan.source, False
+        self.path, self._source = path, plan.source
         self._file: RunFile[Record] = RunFile(path / "runs.jsonl", plan.read_record)
+        self._commits: RunFile[_Made] = RunFile(path / "commits.jsonl", _made)
+        self._others = _by_cell(self._commits.records)
+        self._told: set[Cell] = set()  # made elsewhere, under a commit that was said
         self.runs = {Cell(record.gamma, record.lr, record.seed): record for record in self._file.records}
 
     def add(self, record: Record) -> None:
         """Keep a finished run before this returns, as :meth:`RunFile.add` does."""
-        if not self._made_here:
-            self._made_here = True
-            self.add_commit(git_commit(self._source))
+        cell = Cell(record.gamma, record.lr, record.seed)
+        if cell not in self._told:
+            self._keep_commit(cell, self._commit_here)
         self._file.add(record)
-        self.runs[Cell(record.gamma, record.lr, record.seed)] = record
+        self.runs[cell] = record
+
+    def made_under(self, cell: Cell, commit: str | None) -> None:
+        """Say which commit a run was made under elsewhere, before it is added; ``None`` if that is not known."""
+        self._told.add(cell)
+        self._keep_commit(cell, commit)
+
+    def _keep_commit(self, cell: Cell, commit: str | None) -> None:
+        if commit != self.commits.of(cell):
+            self._commits.add(_Made(cell.gamma, cell.lr, cell.seed, commit))
+            self._others[cell] = commit
+
+    @functools.cached_property
+    def _commit_here(self) -> str | None:
+        return git_commit(self._source)
+
+    @functools.cached_property
+    def commits(self) -> Commits:
+        """The commits that its runs were made under; it grows with them."""
+        return _commits(self.path, self._others)
 
     def close(self) -> None:
-        """Close the file of runs."""
+        """Close its files."""
         self._file.close()
+        self._commits.close()
 
     def write(self, name: str, text: str) -> Path:
         """Write a text file into the folder, whole or not at all."""
@@ -168,26 +246,6 @@ class Folder:
     def study_id(self) -> str:
         """What tells this folder's study from others of the same plan, in a storage that they share."""
         return str(_read_json(self.path / "study.json")["id"])
-
-    @property
-    def git_commit(self) -> str | None:
-        """The commit that the study began under, if its code was in git."""
-        found: str | None = _read_json(self.path / "study.json").get("git_commit")
-        return found
-
-    @property
-    def git_commits(self) -> list[str]:
-        """The commits that its runs were made under, as far as they are known, the first one first."""
-        return commits_of(_read_json(self.path / "study.json"))
-
-    def add_commit(self, commit: str | None) -> None:
-        """Note a commit that runs were made under, if it isn't there yet."""
-        content = _read_json(self.path / "study.json")
-        if commit is not None and commit not in commits_of(content):
-            further = [*content.get("further_commits", []), commit]
-            write_for_user(
-                self.path / "study.json", json.dumps({**content, "further_commits": further}, indent=2) + "\n"
-            )
 
     @property
     def versions(self) -> dict[str, str]:

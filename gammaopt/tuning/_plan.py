@@ -147,8 +147,8 @@ class StudyPlan(Plan):
 
     @property
     def source(self) -> Path:  # type: ignore[override]
-        """This package: the task's code is in it."""
-        return Path(__file__)
+        """The whole package: the task's code is in it, and what trains it."""
+        return Path(__file__).parents[1]
 
     def read_record(self, data: dict[str, Any]) -> RunRecord:
         """See :meth:`RunRecord.from_dict`."""

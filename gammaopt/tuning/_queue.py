@@ -81,8 +81,8 @@ class Claim:
 class Queue:
     """The queue of a study, on a storage. See :func:`make_queue` and :func:`find_queue`."""
 
-    def __init__(self, study: optuna.Study) -> None:
-        self.study = study
+    def __init__(self, study: optuna.Study, storage: BaseStorage) -> None:
+        self.study, self._server = study, storage  # the study's own is a cache in front of it
         self.storage: BaseStorage = study._storage
         self.attrs: dict[str, Any] = study.user_attrs
         self._lost_before: frozenset[int] = frozenset()
@@ -130,13 +130,18 @@ class Queue:
 
     @property
     def over(self) -> bool:
-        """Whether workers can go: the study has its result, and no cell is left, of a confirmation neither."""
+        """Whether workers can go: the study has its result, and no cell is left, of a confirmation neither.
+
+        A cell whose worker is lost is not, if it lies there for so long that no coordinator can be there to see it.
+        """
         if not self.closed:
             return False
         trials = self._trials()
         done = {trial.user_attrs["cell"] for trial in trials if trial.state == TrialState.COMPLETE}
         left = [trial for trial in trials if trial.state in (TrialState.WAITING, TrialState.RUNNING)]
-        return all(trial.user_attrs["cell"] in done for trial in left)
+        left = [trial for trial in left if trial.user_attrs["cell"] not in done]
+        # Twice the grace: one that is there has reaped it by then.
+        return not left or {trial._trial_id for trial in left} <= self._silent(2 * self.reaping_grace)
 
     def enqueue(self, cells: Iterable[Cell]) -> None:
         """Add those of the cells that no live trial holds."""
@@ -163,8 +168,8 @@ class Queue:
                     self.storage.set_trial_state_values(trial._trial_id, TrialState.PRUNED)
                     continue
                 self.storage.set_trial_user_attr(trial._trial_id, "worker", worker)
-                if commit is not None:
-                    self.storage.set_trial_user_attr(trial._trial_id, COMMIT, commit)
+                # Unknown too: a trial that takes a lost one's place has the attributes of that one.
+                self.storage.set_trial_user_attr(trial._trial_id, COMMIT, commit)
             except UpdateFinishedTrialError:
                 continue
             attrs = trial.user_attrs
@@ -174,6 +179,10 @@ class Queue:
 
     def _beat(self, trial_id: int) -> None:
         self.storage.record_heartbeat(trial_id)  # type: ignore[attr-defined]
+
+    def _silent(self, seconds: float) -> set[int]:
+        found: set[int] = self._server.silent(self.study._study_id, seconds)  # type: ignore[attr-defined]
+        return found
 
     def holds(self, claim: Claim) -> bool:
         """Give a sign of life for a trial in work, and tell whether it is still the worker's."""
@@ -242,10 +251,10 @@ class Queue:
             if wanted is None or name in wanted
         ]
 
-    def commits(self) -> list[str]:
-        """The commits of the workers' code that finished cells, as far as they are known, in order of the cells."""
-        found = [trial.user_attrs.get(COMMIT) for trial in self._trials(TrialState.COMPLETE)]
-        return list(dict.fromkeys(commit for commit in found if commit is not None))
+    def commits(self) -> dict[str, str | None]:
+        """Hash of a finished cell → the commit of its worker's code, ``None`` outside git; of those who told it."""
+        attrs = [trial.user_attrs for trial in self._trials(TrialState.COMPLETE)]
+        return {each["cell"]: each[COMMIT] for each in attrs if COMMIT in each}
 
     def counts(self) -> Counter[str]:
         """State → how many trials: WAITING, RUNNING, COMPLETE, FAIL if the worker was lost, PRUNED if given up."""
@@ -307,7 +316,7 @@ def make_queue(
         raise UsageError(
             f"the storage has another study called {name!r}; give another --study, or --out with that one's folder"
         )
-    queue = Queue(study)
+    queue = Queue(study, storage)
     if found.get("grace", grace) != grace:
         study.set_user_attr("grace_before", queue.reaping_grace)  # first: a kill between the two leaves the longer
     study.set_user_attr("grace", grace)
@@ -346,4 +355,4 @@ def find_queue(storage: BaseStorage, name: str) -> Queue:
         raise UsageError(
             f"the queue of study {name!r} is half made: its coordinator was stopped; run that `gammaopt tune …` again"
         )
-    return Queue(study)
+    return Queue(study, storage)

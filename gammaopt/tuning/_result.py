@@ -108,7 +108,8 @@ class TuneResult:
         command: the exact command line, folder and storage included: it goes on with the study or remakes its report.
         trials: every cell searched.
         runs: arm name → its records on the fresh seeds, in the order of the seeds.
-        git_commit: of the code that was studied, if it is in git.
+        git_commit: of the code that its runs were made under, if that is in git; the first of those in a note, if they
+            were made under several.
     """
 
     plan: Plan
@@ -193,7 +194,8 @@ class TuneResult:
                 points = f" ({shown(easiest.confirm.mean_difference)}), only at the rate it chose: {difference}"
         beside = ""
         if self.verdict in ("confirmed", "worse") and self.smallest_difference != self.confirm.mean_difference:
-            beside = f"; against γ = 1 at a rate beside it {shown(self.smallest_difference)} at least"
+            least = shown(self.smallest_difference).lstrip("-")  # as above: "worse by"
+            beside = f"; against γ = 1 at a rate beside it {least} at least"
         seeds = len(self.confirm.seeds)
         few = "" if seeds >= ENOUGH_SEEDS else f" {seeds} seeds are too few to show it: give {ENOUGH_SEEDS} or more."
         unit = "points of" if self.plan.scale == 100 else "in"

@@ -96,7 +96,8 @@ def read_only(path: Path) -> Any:
     optuna = require("optuna", "tune")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with experiments_allowed():
-        url = f"sqlite:///file:{quote(str(path.resolve()))}?mode=ro&uri=true"
+        # Twice: SQLAlchemy decodes it, and so does SQLite, which would take a "?" in it for the end of the path.
+        url = f"sqlite:///file:{quote(quote(str(path.resolve())))}?mode=ro&uri=true"
         return optuna.storages.RDBStorage(url, skip_table_creation=True)
 
 
@@ -155,6 +156,7 @@ def search(
     evaluate: Evaluate,
     told: Callable[[Trial], None],
     commit: str | None = None,
+    named: bool = False,
 ) -> list[Trial]:
     """Run the arm's study to its number of trials, going on where an earlier process stopped.
 
@@ -166,6 +168,7 @@ def search(
         evaluate: runs cells, and returns a record for each.
         told: called with each trial when it is done, and at the start with those done before.
         commit: of the code, kept with the plan.
+        named: whether the user gave the name.
 
     Returns:
         The completed trials, in order.
@@ -183,7 +186,8 @@ def search(
         for before in completed(study, plan, arm):
             told(before)
         if len(completed(study, plan, arm)) < arm.trials:
-            _check_grid(study, name, arm.space.digest(start))
+            another = "another name with --study" if named else f"another folder with {plan.option('out')}"
+            _check_grid(study, name, arm.space.digest(start), another)
         while len(done := completed(study, plan, arm)) < arm.trials:
             batch = _ask(study, plan, arm, start, len(done))
             cells = [[Cell(*arm.space.cell(t.params), seed) for seed in plan.tuning_seeds] for t in batch]
@@ -195,11 +199,11 @@ def search(
         return done
 
 
-def _check_grid(study: optuna.Study, name: str, here: str) -> None:
+def _check_grid(study: optuna.Study, name: str, here: str, another: str) -> None:
     if (there := study.user_attrs.get("grid_hash")) != here:
         raise UsageError(
             f"the search {name} began on another grid (hash {there} there, {here} here), and its trials would mix; "
-            "go on with the code that it began under, or choose another folder with --out"
+            f"go on with the code that it began under, or choose {another}"
         )
 
 
@@ -290,13 +294,16 @@ def _as_usage_error(storage: Any) -> Iterator[None]:
     import sqlalchemy.exc
 
     optuna = require("optuna", "tune")
+    # A storage in memory has no engine.
+    url = storage.engine.url.render_as_string(hide_password=False) if hasattr(storage, "engine") else "sqlite://"
+    if not _is_a_file(url):
+        from gammaopt.tuning._server import server_errors
+
+        with server_errors(url, getattr(storage, "patience", 0.0)):  # Optuna's own doesn't wait
+            yield
+        return
     try:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        url = storage.engine.url.render_as_string(hide_password=False)
-        if not _is_a_file(url):
-            from gammaopt.tuning._server import cannot_use
-
-            raise cannot_use(url, error) from None
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise UsageError(f"the study's storage can't be used ({reason}); {_mend(reason)}") from None

@@ -14,13 +14,17 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import optuna
+import sqlalchemy
 import sqlalchemy.exc
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.storages._rdb.models import NOT_FOUND_MSG
+from optuna.storages._rdb import models
+from optuna.storages._rdb.storage import _create_scoped_session
+from optuna.trial import TrialState
 from sqlalchemy.engine import make_url
 
 from gammaopt._errors import UsageError
@@ -84,7 +88,7 @@ class PatientStorage(RDBStorage):
         stopping: Stopping | None = None,
         say: Callable[[str], object] = lambda _: None,
     ) -> None:
-        self._patience, self._stopping, self._say = patience, stopping or Stopping(), say
+        self.patience, self._stopping, self._say = patience, stopping or Stopping(), say
         self.away_until = -float("inf")  # time.monotonic() of the last call that had to wait
         try:
             with experiments_allowed():
@@ -101,6 +105,24 @@ class PatientStorage(RDBStorage):
                 self.engine.dispose()
             raise
 
+    def silent(self, study_id: int, seconds: float) -> set[int]:
+        """The running trials of a study that gave no sign of life for so long, though the server was there for it."""
+        found: set[int] = self.wait_for_it(lambda: self._silent(study_id, seconds))
+        return found if time.monotonic() - self.away_until > seconds else set()
+
+    def _silent(self, study_id: int, seconds: float) -> set[int]:
+        trial, beat = models.TrialModel, models.TrialHeartbeatModel
+        with _create_scoped_session(self.scoped_session, True) as session:
+            # Of the server's clock, and naive as heartbeats are.
+            now = session.execute(sqlalchemy.func.now()).scalar_one().replace(tzinfo=None)
+            found = (
+                session.query(trial.trial_id)
+                .join(beat, beat.trial_id == trial.trial_id)
+                .filter(trial.study_id == study_id, trial.state == TrialState.RUNNING)
+                .filter(beat.heartbeat < now - timedelta(seconds=seconds))
+            )
+            return {trial_id for (trial_id,) in found}
+
     def wait_for_it(self, call: Callable[[], Any]) -> Any:
         """What ``call`` returns, made again for as long as the server is away."""
         began: float | None = None
@@ -111,7 +133,7 @@ class PatientStorage(RDBStorage):
             except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
                 now = time.monotonic()
                 began = now if began is None else began
-                if not _is_away(error) or now - began > self._patience:
+                if not _is_away(error) or now - began > self.patience:
                     raise
                 if pause == FIRST_PAUSE:
                     self._say(f"the storage is away ({reason_of(error)}); waiting for it")
@@ -249,29 +271,31 @@ def cannot_open(url: str, error: Exception) -> UsageError:
     return UsageError(f"the storage {shown} can't be opened ({reason_of(error)}); {fix}")
 
 
-def cannot_use(url: str, error: Exception, patience: float = PATIENCE) -> UsageError:
-    """A storage that failed in mid-work, in words."""
+def cannot_use(url: str, error: Exception, patience: float) -> UsageError:
+    """A storage that failed in mid-work, in words; ``patience`` is how long was waited for it."""
     shown, reason = without_secrets(url), reason_of(error)
     if _is_away(error):
-        return UsageError(
-            f"the storage {shown} was away for {patience:g} s ({reason}); "
-            "start its server, and run the same command to go on"
-        )
+        away = f"was away for {patience:g} s" if patience else "is away"
+        return UsageError(f"the storage {shown} {away} ({reason}); start its server, and run the same command to go on")
     fix = _remedy(error) or "see its server's log, and run the same command to go on"
     return UsageError(f"the storage {shown} can't be used ({reason}); {fix}")
 
 
 @contextmanager
-def server_errors(url: str, patience: float = PATIENCE) -> Iterator[None]:
-    """Tell what a storage failed of in one line, and that a study was deleted from it."""
+def server_errors(url: str, patience: float) -> Iterator[None]:
+    """Tell what a storage that waits ``patience`` seconds failed of in one line, and that a study was deleted from it.
+
+    Raises:
+        UsageError: that line.
+    """
     try:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
         raise cannot_use(url, error, patience) from None
     except KeyError as error:
-        if error.args != (NOT_FOUND_MSG,):
+        if error.args != (models.NOT_FOUND_MSG,):
             raise
         raise UsageError(
-            f"the study was deleted from the storage {without_secrets(url)}; "
-            "`gammaopt tune … --study NAME` makes it again from the runs in its folder"
+            f"the study was deleted from the storage {without_secrets(url)}; what made it, `gammaopt tune …` or "
+            "study(), makes it again from the runs in its folder when it is run with the same arguments"
         ) from None

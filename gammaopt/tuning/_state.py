@@ -1,8 +1,9 @@
 """A study as it stands, read without changing it: from its folder, or from a storage and its name there.
 
 The trials are read from the arms' Optuna studies, as far as their runs are there. Where those are missing, the searches
-are made again from the runs, in memory and under the versions that the study began under: which points come next
-follows from the finished trials, so they come out as they were, up to the first run that is missing.
+are made again from the runs, in memory: which points come next follows from the finished trials, so under the versions
+that the study began under they come out as they were, up to the first run that is missing. Under others they may be
+other points, for which there are no runs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +23,7 @@ from typing import Any
 from gammaopt._errors import UsageError, require
 from gammaopt.online._run_file import read_runs
 from gammaopt.tuning._budget import Plan
-from gammaopt.tuning._folder import Cell, Folder, commits_of, notes_on, opened
+from gammaopt.tuning._folder import Cell, Commits, Folder, commits_in, opened
 from gammaopt.tuning._folder import plan_from as plan_from
 from gammaopt.tuning._plan import StudyPlan
 from gammaopt.tuning._record import Record
@@ -55,8 +56,8 @@ class StudyState:
         study_id: what tells it from others of the same plan.
         runs: cell → its record.
         find_trials: gives :attr:`trials`, which takes its time where the searches have to be made again.
+        commits: of the code that its runs were made under.
         queue: state → trials of the queue, of a study with workers.
-        git_commits: of the code that its runs were made under, where they are known, the first one first.
         grace: seconds of silence after which its workers are taken for lost, of a study with workers.
     """
 
@@ -66,8 +67,8 @@ class StudyState:
     study_id: str
     runs: Mapping[Cell, Record]
     find_trials: Callable[[], dict[str, list[Trial]]]
+    commits: Commits
     queue: Counter[str] | None = None
-    git_commits: Sequence[str] = ()
     grace: int | None = None
 
     @cached_property
@@ -75,7 +76,8 @@ class StudyState:
         """Arm → its complete trials, in order.
 
         Raises:
-            UsageError: if they can't be told here: the study's storage is missing, and the versions are others.
+            UsageError: if they can't be told here: the study's storage is missing, and under the versions here the
+                searches don't come out as they were.
         """
         return self.find_trials()
 
@@ -122,9 +124,8 @@ class StudyState:
                 f"{missing} of {len(cells)} runs on fresh seeds are missing in {self.where}; "
                 f"run `gammaopt confirm`, or let {self.maker} finish it"
             )
-        commit = self.git_commits[0] if self.git_commits else None
-        result = result_from(self._with(seeds), self.trials, self.runs, self.versions, commit, self.plan.command())
-        result = replace(result, notes=(*result.notes, *notes_on(self.git_commits)))
+        command = self.plan.command()
+        result = result_from(self._with(seeds), self.trials, self.runs, self.versions, self.commits, command)
         if seeds is None or seeds == self.plan.confirm_seeds:
             return result
         another = (
@@ -157,9 +158,10 @@ def read_folder(path: Path) -> StudyState:
         whole = found is not None and all(len(trials) == plan.trials for trials in found.values())
         if found is not None and (whole or not (path / "result.json").exists()):
             return found
-        return _again(str(path), plan, runs, began_under)
+        fix = "install those, or restore its study.db: its searches are read from there"
+        return _again(str(path), plan, runs, began_under, f"{fix}, or with --storage and --study if it has workers")
 
-    return StudyState(str(path), plan, began_under, study_id, runs, find_trials, git_commits=commits_of(content))
+    return StudyState(str(path), plan, began_under, study_id, runs, find_trials, commits=commits_in(path))
 
 
 def read_storage(url: str, name: str) -> StudyState:
@@ -177,10 +179,12 @@ def read_storage(url: str, name: str) -> StudyState:
         )
     storage = open_server(url, grace=60, create=False, patience=0.0)
     try:
-        with server_errors(url, patience=0.0):
+        with server_errors(url, storage.patience):
             queue = find_queue(storage, name)
-            records = [record for _, record in queue.records()]
-            plan, began_under, runs = queue.plan, dict(queue.attrs["versions"]), _by_cell(records)
+            records, commits = queue.records(), queue.commits()
+            plan, began_under = queue.plan, dict(queue.attrs["versions"])
+            runs = _by_cell(record for _, record in records)
+            made_under = {_cell_of(record): commits[name] for name, record in records if name in commits}
             found = _stored(storage, name, plan, runs)
             return StudyState(
                 name,
@@ -188,26 +192,30 @@ def read_storage(url: str, name: str) -> StudyState:
                 began_under,
                 queue.attrs["id"],
                 runs,
-                lambda: _again(name, plan, runs, began_under) if found is None else found,
+                lambda: _again(name, plan, runs, began_under, "install those") if found is None else found,
                 queue=queue.counts(),
-                git_commits=list(dict.fromkeys([*_commits_of(storage, name), *queue.commits()])),
+                commits=Commits(_begun_under(storage, name), made_under),
                 grace=queue.grace,
             )
     finally:
         storage.engine.dispose()
 
 
-def _commits_of(storage: Any, name: str) -> list[str]:
-    """The commits that the study's arms were begun at, as far as they were."""
+def _begun_under(storage: Any, name: str) -> str | None:
+    """The commit that the study's search was begun under; ``None`` where it is not known."""
     optuna = require("optuna", "tune")
-    there = {study.study_name for study in storage.get_all_studies()}
-    names = [f"{name}/{arm}" for arm in ("tuned", "one_equal_budget") if f"{name}/{arm}" in there]
-    found = [optuna.load_study(study_name=of, storage=storage).user_attrs.get("git_commit") for of in names]
-    return list(dict.fromkeys(commit for commit in found if commit is not None))
+    if f"{name}/tuned" not in {study.study_name for study in storage.get_all_studies()}:
+        return None
+    commit: str | None = optuna.load_study(study_name=f"{name}/tuned", storage=storage).user_attrs.get("git_commit")
+    return commit
 
 
-def _by_cell(records: Sequence[Record]) -> dict[Cell, Record]:
-    return {Cell(record.gamma, record.lr, record.seed): record for record in records}
+def _by_cell(records: Iterable[Record]) -> dict[Cell, Record]:
+    return {_cell_of(record): record for record in records}
+
+
+def _cell_of(record: Record) -> Cell:
+    return Cell(record.gamma, record.lr, record.seed)
 
 
 def _stored(storage: Any, name: str, plan: Plan, runs: Mapping[Cell, Record]) -> dict[str, list[Trial]] | None:
@@ -246,12 +254,14 @@ def _in_database(path: Path, name: str, plan: Plan, runs: Mapping[Cell, Record])
 
 
 def _again(
-    where: str, plan: Plan, runs: Mapping[Cell, Record], began_under: Mapping[str, str]
+    where: str, plan: Plan, runs: Mapping[Cell, Record], began_under: Mapping[str, str], fix: str
 ) -> dict[str, list[Trial]]:
     """:func:`search_again`, where it gives the trials that the study had."""
-    if runs:
-        check_versions(where, began_under, "install those, or restore its study.db: its searches are read from there")
-    return search_again(plan, runs)
+    found = search_again(plan, runs)
+    # Other versions may ask for other points. They haven't, if the study ran every one of these.
+    if runs and any(len(trials) < plan.trials for trials in found.values()):
+        check_versions(where, began_under, fix)
+    return found
 
 
 class _NotYetError(Exception):
@@ -323,7 +333,7 @@ def confirm_in_folder(
     cells = state.cells_to_confirm(seeds)
     if all(cell in state.runs for cell in cells):
         return state.result(seeds)
-    check_versions(state.where, state.versions)
+    check_versions(state.where, state.versions, INSTALL)
     with opened(path, state.plan) as folder, workers_of(folder) as workers:
         missing = [cell for cell in cells if cell not in folder.runs]
         on_run(0, len(missing))
@@ -391,10 +401,11 @@ def _arms_of(state: StudyState) -> dict[Cell, list[str]]:
 
 
 def table(state: StudyState, what: str, form: str) -> str:
-    """The runs or the trials as text: ``"csv"``, or ``"jsonl"`` with everything that was recorded.
+    """The runs or the trials as text: ``"csv"``, or ``"jsonl"`` with everything that was recorded, as it was.
 
-    A row of runs says what each was for: ``tuned`` or ``one_equal_budget`` in the search, several if arms share it, and
-    ``confirm ARM`` on a fresh seed. It is empty where the searches can't be told here, see :attr:`StudyState.trials`.
+    Of the runs, the csv says in a column ``arms`` what each was for: ``tuned`` or ``one_equal_budget`` in the search,
+    several if arms share it, and ``confirm ARM`` on a fresh seed. It is empty where the searches can't be told here,
+    see :attr:`StudyState.trials`.
     """
     rows: list[dict[str, Any]]
     if what == "trials":

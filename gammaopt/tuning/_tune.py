@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,7 +13,7 @@ from urllib.parse import quote
 from gammaopt._errors import UsageError, at_least, require
 from gammaopt.tuning._budget import Plan
 from gammaopt.tuning._confirm import Confirmation, paired_t
-from gammaopt.tuning._folder import Cell, Folder, notes_on, opened, versions
+from gammaopt.tuning._folder import Cell, Commits, Folder, notes_on, opened, versions
 from gammaopt.tuning._plan import StudyPlan
 from gammaopt.tuning._record import Record
 from gammaopt.tuning._result import ENOUGH_SEEDS, Arm, Rival, Spent, Trial, TuneResult, all_diverged, edges
@@ -153,7 +153,9 @@ def run_study(
     given = None if storage is None else _open(storage, remote)
     with _disposed(given), opened(out, plan) as folder, workers_of(folder) as workers:
         if not folder.finished:
-            check_versions(str(out), folder.versions)
+            elsewhere = f"another folder with {plan.option('out')}"
+            elsewhere += "" if remote is None else " and another name with --study"  # a queue is of one folder
+            check_versions(str(out), folder.versions, f"install those, or choose {elsewhere}")
         # The runs of a folder are those of its plan: what it has is done.
         counter = _Counter(plan, folder, on_progress or (lambda _: None), asked=set(folder.runs))
 
@@ -178,7 +180,9 @@ def run_study(
         trials: dict[str, list[Trial]] = {}
         for arm in arms(plan):
             counter.stage = arm.arm
-            trials[arm.arm] = search(plan, name, arm, backend, evaluate, counter.told, commit=folder.git_commit)
+            trials[arm.arm] = search(
+                plan, name, arm, backend, evaluate, counter.told, commit=folder.commits.begun, named=remote is not None
+            )
         # Trials that the database kept may have lost their runs, to a power cut or a hand: those are trained again.
         searched = [trial for of_arm in trials.values() for trial in of_arm]
         evaluate([Cell(trial.gamma, trial.lr, seed) for trial in searched for seed in plan.tuning_seeds])
@@ -192,8 +196,7 @@ def run_study(
             storage=None if storage is None else without_secrets(storage),
             study=None if remote is None else remote.study,
         )
-        result = result_from(plan, trials, folder.runs, folder.versions, folder.git_commit, command)
-        result = replace(result, notes=(*result.notes, *notes_on(folder.git_commits)))
+        result = result_from(plan, trials, folder.runs, folder.versions, folder.commits, command)
         if not folder.finished:
             folder.write("result.json", result.to_json())
             forget_begun(folder.path)
@@ -255,7 +258,7 @@ def _workers(
     if folder.finished:
         return finished(plan, storage, remote, folder.study_id)
     return RemoteWorkers(
-        plan, storage, remote, began_under=folder.versions, study_id=folder.study_id, on_commit=folder.add_commit
+        plan, storage, remote, began_under=folder.versions, study_id=folder.study_id, on_commit=folder.made_under
     )
 
 
@@ -285,24 +288,29 @@ def result_from(
     trials: Mapping[str, list[Trial]],
     runs: Mapping[Cell, Record],
     began_under: dict[str, str],
-    git_commit: str | None,
+    commits: Commits,
     command: str,
 ) -> TuneResult:
-    """The result of finished searches and of the chosen cells' runs on the fresh seeds."""
+    """The result of finished searches and of the chosen cells' runs on the fresh seeds.
+
+    The commits that it tells are those of its own runs: the study may have others, of a confirmation on more seeds.
+    """
     chosen = choose(plan, trials)
+    searched = [trial for of_arm in trials.values() for trial in of_arm]
+    cells = [Cell(trial.gamma, trial.lr, seed) for trial in searched for seed in plan.tuning_seeds]
+    under = commits.under([*cells, *confirmation_cells(plan, chosen)])
     of_place = {
         name: tuple(runs[Cell(*place, seed)] for seed in plan.fresh_seeds)
         for name, place in places_to_confirm(chosen).items()
     }
     spent = _spent(plan, _with_one(plan, trials), runs)
-    return _result(plan, _with_one(plan, trials), chosen, of_place, spent, began_under, git_commit, command)
+    return _result(plan, _with_one(plan, trials), chosen, of_place, spent, began_under, under, command)
 
 
 INSTALL = "install the same"
-ELSEWHERE = "install those, or choose another folder with --out"
 
 
-def check_versions(study: str, began_under: Mapping[str, str], fix: str = ELSEWHERE) -> None:
+def check_versions(study: str, began_under: Mapping[str, str], fix: str) -> None:
     """Raise :class:`UsageError` unless the versions here are those that the study began under."""
     now = versions()
     changed = [
@@ -337,7 +345,7 @@ def _result(
     runs: dict[str, tuple[Record, ...]],
     spent: dict[str, Spent],
     began_under: dict[str, str],
-    git_commit: str | None,
+    commits: Sequence[str],
     command: str,
 ) -> TuneResult:
     def scores(name: str) -> list[float]:
@@ -381,12 +389,12 @@ def _result(
         confirm_final=None if plan.metric_at_end is None else compare_at_end(plan.metric_at_end),
         rivals=tuple(Rival(run[0].lr, compare(name)) for name, run in runs.items() if name not in chosen),
         spent=spent,
-        notes=tuple(_notes(plan, chosen)),
+        notes=(*_notes(plan, chosen), *notes_on(commits)),
         versions=began_under,
         command=command,
         trials=tuple(trial for name in ("tuned", "one_equal_budget") for trial in trials[name]),
         runs={name: runs[name] for name in chosen},
-        git_commit=git_commit,
+        git_commit=next(iter(commits), None),
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import socket
 import threading
 import time
@@ -75,7 +76,7 @@ def work(
             return 0
         server = open_server(storage, grace=CONNECTION_GRACE, create=False, patience=patience, stopping=asked, say=say)
         try:
-            with server_errors(storage, patience):
+            with server_errors(storage, server.patience):
                 queue = find_queue(server, study)
                 worker = _Worker(queue, server, Path(checkpoints), checkpoint_seconds, asked, say)
                 try:
@@ -157,19 +158,22 @@ class _Worker:
 
     def loop(self, idle_seconds: float | None) -> int:
         done, idle_since = 0, time.monotonic()
+        seen_over = False
         self._say(f"{self._name} works on {self._queue.name}")
         while not self._stopping.told:
             claim = self._queue.claim(self._name, self._commit)
             if claim is not None:
                 done += self._train(claim)
                 idle_since = time.monotonic()
-            elif self._queue.over:
+                seen_over = False
+            elif (over := self._queue.over) and seen_over:
                 self._say(f"the study is done; {done} cells finished here")
                 return done
             elif idle_seconds is not None and time.monotonic() - idle_since > idle_seconds:
                 self._say(f"no cell for {idle_seconds:g} s; {done} cells finished here")
                 return done
             else:
+                seen_over = over  # twice: a cell that changes hands has no live trial for a moment
                 self._stopping.wait(min(1.0, self._queue.heartbeat / 4))
         self._say(f"asked to stop; {done} cells finished here")
         return done
@@ -250,7 +254,9 @@ class _Worker:
 
 def _sweep(checkpoints: Path) -> None:
     """Remove what workers left that were killed as they wrote: files so old that nobody writes them any more."""
-    for path in checkpoints.glob(".*.pt.*"):
+    for path in checkpoints.iterdir():
+        if not re.fullmatch(r"\.[0-9a-f]{16}\.pt\..+", path.name):  # the folder may hold files of others
+            continue
         with suppress(OSError):  # another worker was first
             if time.time() - path.stat().st_mtime > STRAY_SECONDS:
                 path.unlink()

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import gammaopt
+from gammaopt.tuning import StudyPlan
 from gammaopt.tuning._frozen import git_commit
 
 
@@ -35,6 +37,11 @@ def test_only_changes_beside_the_source_make_it_dirty(code: Path) -> None:
     assert git_commit(code) == f"{clean}-dirty"
     (code / "source.py").write_text("two\n")
     assert git_commit(code, but="results") == f"{clean}-dirty"
+
+
+def test_a_task_is_studied_with_the_whole_package() -> None:
+    assert gammaopt.__file__ is not None
+    assert StudyPlan("digits").source == Path(gammaopt.__file__).parent
 
 
 def test_what_is_not_in_git_has_no_commit(code: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

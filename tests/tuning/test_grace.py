@@ -67,6 +67,36 @@ def test_a_shorter_grace_reaps_nobody_that_goes_by_the_longer(monkeypatch: pytes
     assert storage.grace_period == 4
 
 
+def test_workers_have_the_time_to_read_a_shorter_grace_from_when_the_server_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    storage = MemoryStorage()
+    queue_in(storage, 600)
+    began = coordinator(monkeypatch, storage, 4)
+    there = time.monotonic()  # after a wait for the server, as long as it may be
+    monkeypatch.setattr(_remote, "make_queue", lambda *_, **__: began._queue)
+    monkeypatch.setattr(time, "monotonic", lambda: there + 1e6 if hasattr(storage, "asked") else there)
+
+    def opened(*_: object, **__: object) -> MemoryStorage:
+        storage.asked = True  # type: ignore[attr-defined]
+        return storage
+
+    monkeypatch.setattr(_remote, "open_server", opened)
+    again = RemoteWorkers(PLAN, "x", Remote("mine", 4), began_under=versions(), study_id="x")
+    again._reap({})
+    again._reap({})
+    assert storage.grace_period == 600
+    again._opened -= 601
+    storage.away_until = there + 1e6 - 1  # and after an outage
+    again._reap({})
+    again._reap({})
+    assert storage.grace_period == 600
+    storage.away_until -= 600
+    again._reap({})
+    again._reap({})
+    assert storage.grace_period == 4
+
+
 def test_a_longer_grace_counts_at_once_for_every_coordinator(monkeypatch: pytest.MonkeyPatch) -> None:
     storage = MemoryStorage()
     first = coordinator(monkeypatch, storage, 4)

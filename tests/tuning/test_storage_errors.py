@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -14,9 +15,11 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError, PendingRollbackError, ProgrammingError
 
 from gammaopt import UsageError
+from gammaopt.online import Curve, RunRecord
 from gammaopt.tuning import Remote, StudyPlan, _remote, _server, _worker
 from gammaopt.tuning._folder import Cell, versions
 from gammaopt.tuning._queue import PART, make_queue
+from gammaopt.tuning._record import Record
 from gammaopt.tuning._remote import RemoteWorkers
 from gammaopt.tuning._search import Search, open_storage, search
 from gammaopt.tuning._server import PatientStorage, cannot_open, cannot_use, server_errors
@@ -91,7 +94,7 @@ def test_what_no_waiting_mends_is_told_at_once_with_its_fix(
     with pytest.raises(type(error)):
         storage.wait_for_it(call)
     assert len(calls) == 1
-    for said in (str(cannot_use(URL, error)), str(cannot_open(URL, error))):
+    for said in (str(cannot_use(URL, error, 600.0)), str(cannot_open(URL, error))):
         assert fix in said
         assert "secret" not in said
         assert "\n" not in said
@@ -107,7 +110,8 @@ def test_a_server_that_is_away_or_asks_for_another_try_is_waited_for(storage: Pa
         return "there"
 
     assert storage.wait_for_it(call) == "there"
-    assert "was away for 600 s (away); start its server" in str(cannot_use(URL, operational("away", code)))
+    assert "was away for 600 s (away); start its server" in str(cannot_use(URL, operational("away", code), 600.0))
+    assert "is away (away); start its server" in str(cannot_use(URL, operational("away", code), 0.0))
 
 
 def test_a_missing_table_and_a_missing_database_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,24 +128,60 @@ def test_a_missing_table_and_a_missing_database_are_told_apart(monkeypatch: pyte
             open_storage(URL, own=False)
 
 
-def test_a_search_on_a_server_that_is_away_tells_nobody_to_remove_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("waits", "words"), [({}, "is away"), ({"patience": 600.0}, "was away for 600 s")])
+def test_a_search_on_a_server_that_is_away_tells_nobody_to_remove_it(
+    monkeypatch: pytest.MonkeyPatch, waits: dict[str, float], words: str
+) -> None:
     def away(*_: object, **__: object) -> None:
         raise AWAY
 
     monkeypatch.setattr(optuna, "create_study", away)
-    server = SimpleNamespace(engine=SimpleNamespace(url=make_url(URL)))
+    server = SimpleNamespace(engine=SimpleNamespace(url=make_url(URL)), **waits)
     arm = Search("tuned", PLAN.space("tuned"), 4)
-    with pytest.raises(UsageError, match=r"the storage .*host/db was away for .*; start its server"):
+    with pytest.raises(UsageError, match=rf"the storage .*host/db {words} \(.*\); start its server"):
         search(PLAN, "x", arm, server, Mock(), Mock())
+
+
+def test_a_search_that_was_deleted_from_its_server_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = PatientStorage(f"sqlite:///{tmp_path / 'x.db'}", grace=4, create=True)
+    monkeypatch.setattr("gammaopt.tuning._search._is_a_file", lambda _: False)
+    arm = Search("tuned", PLAN.space("tuned"), 4)
+
+    def evaluate(cells: list[Cell]) -> dict[Cell, Record]:
+        delete(storage, "mine/tuned")
+        return {
+            cell: RunRecord(cell.gamma, cell.lr, cell.seed, 2, 1.0, 0.5, 1.0, 0.5, 1.0, None, Curve((), (), ()))
+            for cell in cells
+        }
+
+    with pytest.raises(UsageError, match=r"the study was deleted from the storage .*; what made it, .* makes it again"):
+        search(PLAN, "mine", arm, storage, evaluate, Mock())
+
+
+def test_the_trials_that_gave_no_sign_of_life_for_long_are_told(storage: PatientStorage) -> None:
+    queue = make_queue(storage, "mine", PLAN, began_under=versions(), study_id="x", grace=4)
+    queue.enqueue([Cell(1.0, 0.5, seed) for seed in range(4)])
+    silent, alive, done = (queue.claim("w") for _ in range(3))  # the fourth waits
+    assert silent is not None
+    assert alive is not None
+    assert done is not None
+    with storage.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE trial_heartbeats SET heartbeat = datetime('now', '-100 seconds')")
+    assert queue.holds(alive)
+    storage.set_trial_state_values(done.trial_id, optuna.trial.TrialState.FAIL)
+    assert storage.silent(queue.study._study_id, 90) == {silent.trial_id}
+    assert storage.silent(queue.study._study_id, 110) == set()
+    storage.away_until = time.monotonic() - 80
+    assert storage.silent(queue.study._study_id, 90) == set()  # nobody could give one in all that time
 
 
 def coordinator() -> RemoteWorkers:
     return RemoteWorkers(PLAN, URL, Remote("mine", 4), began_under=versions(), study_id="x")
 
 
-def delete(storage: PatientStorage) -> None:
+def delete(storage: PatientStorage, name: str = f"mine/{PART}") -> None:
     other = RDBStorage(str(storage.engine.url))
-    optuna.delete_study(study_name=f"mine/{PART}", storage=other)
+    optuna.delete_study(study_name=name, storage=other)
     other.engine.dispose()
 
 
@@ -177,5 +217,5 @@ def test_a_coordinator_whose_server_stays_away_says_so(
 
 
 def test_a_bug_stays_a_bug() -> None:
-    with pytest.raises(KeyError, match="oops"), server_errors(URL):
+    with pytest.raises(KeyError, match="oops"), server_errors(URL, 0.0):
         raise KeyError("oops")

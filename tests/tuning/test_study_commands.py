@@ -84,23 +84,68 @@ def test_a_study_read_back_is_the_study_with_or_without_its_database(study: Stud
         assert replace(state.result(), command=study.result.command) == study.result
 
 
+@pytest.mark.parametrize("name", ["100%", "a%20b", "what?", "a?mode=rwc", "#1", "a b"])
+def test_a_database_in_a_folder_of_any_name_is_read_and_no_other_is_made(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    copy = Path(shutil.copytree(study.out, tmp_path / name / "copy"))
+    monkeypatch.setattr("gammaopt.tuning._state.search_again", pytest.fail)
+    state = read_folder(copy)
+    assert tuple(trial for trials in state.trials.values() for trial in trials) == study.result.trials
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert content(copy) == content(study.out)
+
+
+def of_other_versions(path: Path) -> None:
+    content = json.loads((path / "study.json").read_text())
+    content["versions"]["optuna"] = "1.0"
+    (path / "study.json").write_text(json.dumps(content))
+
+
 def test_a_study_is_read_under_any_versions_and_its_search_is_made_again_under_its_own(
     copied: Path, here: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verdict = here("report", copied).stdout
-    content = json.loads((copied / "study.json").read_text())
-    content["versions"]["optuna"] = "1.0"
-    (copied / "study.json").write_text(json.dumps(content))
+    of_other_versions(copied)
     with monkeypatch.context() as patch:
         patch.setattr("gammaopt.tuning._state.search_again", pytest.fail)
         assert verdict == here("report", copied).stdout
         assert here("status", copied).stdout.count("6/6 trials") == 2
     (copied / "study.db").unlink()
+    # Made again here, the searches ask for the points that were run: they are those of the study.
+    assert verdict == here("report", copied).stdout
+    assert here("status", copied).stdout.count("6/6 trials") == 2
+    lines = (copied / "runs.jsonl").read_text().splitlines(keepends=True)
+    (copied / "runs.jsonl").write_text("".join(lines[1:]))
     done = here("status", copied)
     assert done.returncode == 2
     assert "begun under other versions (optuna 1.0 there, " in done.stderr
-    assert "restore its study.db" in done.stderr
+    assert "restore its study.db: its searches are read from there, or with --storage and --study if" in done.stderr
     assert here("export", copied).returncode == 0  # its runs are there all the same
+
+
+def test_a_confirmation_under_other_versions_is_told_to_install_those(copied: Path, here: Callable[..., Done]) -> None:
+    of_other_versions(copied)
+    done = here("confirm", copied, "--seeds", 5)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("its numbers would mix; install the same")
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ({"COMPLETE": 7}, "0 waiting, 0 running, 7 done"),
+        ({"WAITING": 1, "FAIL": 2}, "1 waiting, 0 running, 0 done, 2 lost and queued again"),
+        ({"RUNNING": 1, "PRUNED": 3}, "0 waiting, 1 running, 0 done, 3 handed back or given up"),
+    ],
+)
+def test_status_tells_what_became_of_every_cell_of_the_queue(
+    study: Study, here: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, counts: dict[str, int], words: str
+) -> None:
+    state = replace(read_folder(study.out), queue=Counter(counts))
+    monkeypatch.setattr("gammaopt.tuning._state.read_folder", lambda _: state)
+    (line,) = [line for line in here("status", study.out).stdout.splitlines() if line.startswith("  cells")]
+    assert line.removeprefix("  cells").strip() == words
 
 
 def test_status_of_a_finished_study_has_its_figures_and_its_verdict(study: Study, here: Callable[..., Done]) -> None:

@@ -243,6 +243,19 @@ def test_tuned_has_to_beat_gamma_one_at_the_rates_beside_too_and_an_edge_is_no_r
     assert edge.in_words().startswith("Range too small: the best γ = 100 of arm tuned")
 
 
+def test_what_is_worse_is_told_without_a_sign_against_every_rate(study: Study) -> None:
+    low, high, between = [0.4] * 12, [0.6] * 12, [0.5] * 12
+    result = replace(
+        study.result,
+        arms={name: replace(arm, gamma=0.5, lr=PLAN.base_lr, diverged=0) for name, arm in study.result.arms.items()},
+        confirm=paired_t("m", range(12), low, high),
+        rivals=(Rival(1.0, paired_t("m", range(12), low, between)),),
+    )
+    assert result.verdict == "worse"
+    assert " is below γ = 1 by 20.00 points" in result.in_words()
+    assert "; against γ = 1 at a rate beside it 10.00 at least)" in result.in_words()
+
+
 def test_another_base_seed_is_another_study(study: Study, tmp_path: Path) -> None:
     other = tune(replace(PLAN, seed=1, steps=2, trials=4, seeds=1, confirm_seeds=2), tmp_path)
     assert not {t.lr for t in other.trials} & {t.lr for t in study.result.trials}

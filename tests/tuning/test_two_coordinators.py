@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import optuna
 import pytest
 from memory_storage import MemoryStorage
+from optuna.trial import TrialState
 
 from gammaopt import UsageError
 from gammaopt.online import RunRecord
@@ -15,10 +17,12 @@ from gammaopt.tuning import Remote, StudyPlan, _queue, _remote
 from gammaopt.tuning._folder import Cell, versions
 from gammaopt.tuning._queue import PART, Queue, find_queue, make_queue
 from gammaopt.tuning._remote import RemoteWorkers, finished
+from gammaopt.tuning._search import experiments_allowed
+from gammaopt.tuning._state import read_storage
 
 PLAN = StudyPlan("digits", steps=2, trials=4, seeds=1, confirm_seeds=2)
-MINE, THEIRS = Cell(1.0, 0.5, 0), Cell(1.0, 0.5, 1)
-RECORD = RunRecord(1.0, 1.0, 0, 200, 1.0, 0.5, 1.0, 0.5, 1.0, None, Curve((), (), ()))
+MINE, THEIRS, OTHER = (Cell(1.0, 0.5, seed) for seed in range(3))
+RECORD = RunRecord(1.0, 0.5, 0, 200, 1.0, 0.5, 1.0, 0.5, 1.0, None, Curve((), (), ()))
 
 
 @pytest.fixture
@@ -32,10 +36,10 @@ def coordinator(grace: int = 60, *, guest: bool = False) -> RemoteWorkers:
     return RemoteWorkers(PLAN, "x", Remote("mine", grace), began_under=versions(), study_id="x", guest=guest)
 
 
-def work(queue: Queue) -> None:
-    claim = queue.claim("me")
+def work(queue: Queue, commit: str | None = None) -> None:
+    claim = queue.claim("me", commit)
     assert claim is not None
-    queue.finish(claim, RECORD)
+    queue.finish(claim, replace(RECORD, seed=claim.cell.seed))
 
 
 @pytest.mark.parametrize("own_first", [True, False])
@@ -54,6 +58,26 @@ def test_workers_stay_for_the_cells_of_both_whichever_ends_first(storage: Memory
     assert queue.over
 
 
+def test_workers_of_a_finished_study_wait_for_no_cell_that_nobody_will_queue_again(storage: MemoryStorage) -> None:
+    with coordinator(grace=60), coordinator(guest=True):
+        queue = find_queue(storage, "mine")
+        queue.enqueue([MINE, THEIRS])
+        lost = queue.claim("killed")  # as is the confirmation that wanted it
+        assert lost is not None
+    work(queue)
+    over = [queue.over]
+    storage.last_beat[lost.trial_id] -= 2 * 60 - 5
+    over.append(queue.over)  # a coordinator that is there may just be about to see it
+    storage.last_beat[lost.trial_id] -= 10
+    over.append(queue.over)
+    queue.enqueue([OTHER])
+    over.append(queue.over)
+    work(queue)
+    queue.set_closed(False)
+    over.append(queue.over)
+    assert over == [False, False, True, False, False]
+
+
 def test_a_confirmation_leaves_a_queue_open_or_closed_as_it_was(storage: MemoryStorage) -> None:
     for closed in (True, False):
         with coordinator(guest=True) as guest:
@@ -66,18 +90,51 @@ def test_a_confirmation_leaves_a_queue_open_or_closed_as_it_was(storage: MemoryS
         assert queue.closed is closed
 
 
-def test_the_commits_that_workers_trained_under_are_told_with_their_cells(storage: MemoryStorage) -> None:
-    told: list[str] = []
+def test_the_commits_that_workers_trained_under_are_told_ahead_of_their_records(storage: MemoryStorage) -> None:
+    told: list[object] = []
     remote = Remote("mine", 60)
-    with RemoteWorkers(PLAN, "x", remote, began_under=versions(), study_id="x", on_commit=told.append) as own:
+    with RemoteWorkers(
+        PLAN, "x", remote, began_under=versions(), study_id="x", on_commit=lambda *each: told.append(each)
+    ) as own:
         queue = find_queue(storage, "mine")
-        queue.enqueue([MINE, THEIRS, Cell(1.0, 0.5, 2)])
+        queue.enqueue([MINE, THEIRS, OTHER])
         for commit in ("B", None, "A"):
-            claim = queue.claim("me", commit)
-            assert claim is not None
-            queue.finish(claim, RECORD)
-        assert len(list(own.run([MINE, THEIRS]))) == 2
-    assert told == queue.commits() == ["B", "A"]
+            work(queue, commit)
+        for record in own.run([MINE, THEIRS]):
+            told.append(record.seed)
+    assert told == [(MINE, "B"), 0, (THEIRS, None), 1]
+
+
+def test_a_storage_tells_the_commit_of_each_run_that_is_another_than_its_search_began_under(
+    storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gammaopt.tuning._server.open_server", lambda *_, **__: storage)
+    coordinator()
+    optuna.create_study(storage=storage, study_name="mine/tuned").set_user_attr("git_commit", "A")
+    queue = find_queue(storage, "mine")
+    queue.enqueue([MINE, THEIRS, OTHER])
+    for commit in ("B", None, "A"):
+        work(queue, commit)
+    commits = read_storage("postgresql://x", "mine").commits
+    assert [commits.of(cell) for cell in (MINE, THEIRS, OTHER)] == ["B", None, "A"]
+    assert commits.under([MINE, OTHER]) == ["A", "B"]
+    assert commits.under([MINE, THEIRS]) == ["B"]
+    assert commits.of(Cell(1.0, 0.5, 3)) == "A"  # what workers had finished that told no commit yet
+
+
+def test_a_worker_outside_git_that_takes_a_lost_ones_cell_is_not_taken_for_that_ones_commit(
+    storage: MemoryStorage,
+) -> None:
+    coordinator()
+    queue = find_queue(storage, "mine")
+    queue.enqueue([MINE])
+    claim = queue.claim("lost", "B")
+    assert claim is not None
+    storage.set_trial_state_values(claim.trial_id, TrialState.FAIL)
+    with experiments_allowed():
+        optuna.storages.RetryHeartbeatStaleTrialCallback()(queue.study, storage.get_trial(claim.trial_id))
+    work(queue, None)
+    assert queue.commits() == {claim.hash: None}
 
 
 def test_a_finished_study_leaves_grace_and_waiting_cells_alone_and_ends_what_a_kill_left_open(

@@ -78,13 +78,32 @@ def a_worker(checkpoints: Path) -> _Worker:
 
 
 def test_a_worker_removes_what_one_killed_in_mid_write_left_long_ago(tmp_path: Path) -> None:
-    for name in (".aa.pt.x1", ".bb.pt.x2", "cc.pt"):
+    cut_off, fresh = f".{'0a' * 8}.pt.k2_x9zq1", f".{'1b' * 8}.pt.a0b1c2d3"
+    of_others = [f"{'0a' * 8}.pt", ".model.pt.old", f".{'0a' * 7}.pt.k2_x9zq1", f"x.{'0a' * 8}.pt.k2_x9zq1"]
+    for name in (cut_off, fresh, *of_others):
         (tmp_path / name).write_bytes(b"")
-    for name in (".aa.pt.x1", "cc.pt"):
+    for name in (cut_off, *of_others):
         long_ago = time.time() - 2 * STRAY_SECONDS
         os.utime(tmp_path / name, (long_ago, long_ago))
     a_worker(tmp_path).heart.stop()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".bb.pt.x2", "cc.pt"]
+    assert {path.name for path in tmp_path.iterdir()} == {fresh, *of_others}
+
+
+def test_a_cell_that_changes_hands_is_no_end_of_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = a_worker(tmp_path)
+    queue, waits = worker._queue, []
+
+    def wait(seconds: float) -> bool:
+        waits.append(seconds)
+        if len(waits) == 1:  # it was given up when the worker looked, and now another trial of it is there
+            queue.enqueue([Cell(1.0, 0.5, 0)])
+        return False
+
+    queue.set_closed(True)
+    monkeypatch.setattr(worker._stopping, "wait", wait)
+    assert worker.loop(None) == 1
+    worker.heart.stop()
+    assert len(waits) == 2
 
 
 def test_a_worker_trains_a_network_that_cannot_be_stacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -256,7 +256,9 @@ def test_a_study_through_workers_is_the_study_of_one_process(
             assert mine.prequential_accuracy == theirs.prequential_accuracy
             assert mine.prequential_loss == pytest.approx(theirs.prequential_loss, rel=1e-5)
     assert names(database) == ["mine/cells", "mine/one_equal_budget", "mine/tuned"]
-    assert read_storage(database, "mine").git_commits == [single.git_commit]
+    stored = read_storage(database, "mine")
+    assert {stored.commits.of(cell) for cell in stored.runs} == {stored.commits.begun} == {single.git_commit}
+    assert many.git_commit == stored.result().git_commit == single.git_commit
     assert {trial.user_attrs["git_commit"] for trial in trials(database)} == {single.git_commit}
     counts = Counter(trial.state.name for trial in trials(database))
     assert counts == {"COMPLETE": len((tmp_path / "many" / "runs.jsonl").read_text().splitlines())}
@@ -356,6 +358,17 @@ def test_of_two_live_trials_of_a_cell_the_first_counts(database: str, tmp_path: 
         assert work(database, "mine", checkpoints=tmp_path, idle_seconds=0) == 2
         assert len(list(queue.run(planned))) == 2
     assert [trial.state.name for trial in trials(database)] == ["COMPLETE", "COMPLETE", "PRUNED", "PRUNED"]
+
+
+def test_workers_of_a_finished_study_do_not_wait_for_a_lost_one_that_nobody_reaps(
+    database: str, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    with coordinator(database, SHORT, grace=SOON) as queue:
+        queue._queue.enqueue(cells(1))
+        assert queue._queue.claim("killed") is not None
+    assert work(database, "mine", checkpoints=tmp_path, say=said.append) == 0  # it comes to its end
+    assert said[-1] == "the study is done; 0 cells finished here"
 
 
 def test_a_coordinator_killed_while_it_reaped_leaves_no_cell_behind(database: str, tmp_path: Path) -> None:

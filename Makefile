@@ -30,9 +30,10 @@ EXPERIMENTS := phase_portrait loss_curves accuracy_vs_gamma hessian_spectrum cat
 # Their data are made, so that a data set of yours has no place in them.
 WITHOUT_PAPER := catapult_silent_alignment linear_toy tuned_vs_one
 PRESET ?= cpu
+GIVEN := $(if $(filter command line,$(origin DATA)),$(DATA))
 ifeq ($(PRESET),paper)
 EXPERIMENTS := $(filter-out $(WITHOUT_PAPER),$(EXPERIMENTS))
-ifeq ($(filter experiments,$(MAKECMDGOALS))$(DATA),experiments)
+ifeq ($(filter experiments,$(MAKECMDGOALS))$(GIVEN),experiments)
 $(error the preset paper trains on a data set of yours; give its folder: DATA=PATH)
 endif
 endif
@@ -40,7 +41,7 @@ endif
 experiments: $(VENV)/.test  ## measure the paper's claims and rebuild experiments/README.md (PRESET=gpu, or paper DATA=PATH)
 	@failed=; for name in $(EXPERIMENTS); do \
 		echo "== $$name"; \
-		$(BIN)/python experiments/$$name.py --preset $(PRESET) $(if $(DATA),--data "$(DATA)") || failed="$$failed $$name"; \
+		$(BIN)/python experiments/$$name.py --preset $(PRESET) $(if $(GIVEN),--data "$(GIVEN)") || failed="$$failed $$name"; \
 	done; \
 	$(BIN)/python experiments/gallery.py || failed="$$failed gallery"; \
 	if [ "$$failed" ]; then echo "failed:$$failed"; exit 1; fi

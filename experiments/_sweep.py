@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -136,8 +136,8 @@ def on_all_cores(
 ) -> list[Result]:
     """``function`` of each task, one thread each, in order; ``on_done`` is told each result and its number at once.
 
-    Where a task fails, those that run end and no other begins; Ctrl-C ends them all. ``on_done`` is told what was made
-    until then.
+    Where a task fails, those that run end, with those that were handed out already, ``cores`` + 1 at most, and no other
+    begins; Ctrl-C ends them all. ``on_done`` is told what was made until then.
     """
     results: dict[int, Result] = {}
     show = progress(getattr(function, "__name__", "runs").strip("_"))
@@ -160,9 +160,11 @@ def on_all_cores(
     else:
         others = set(multiprocessing.active_children())
         with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), initializer=_begin) as pool:
-            numbers = {pool.submit(function, task): number for number, task in enumerate(tasks)}
+            numbers: dict[Future[Result], int] = {}
             try:
                 try:
+                    for number, task in enumerate(tasks):
+                        numbers[pool.submit(function, task)] = number
                     for future in as_completed(numbers):
                         keep(numbers[future], future.result())
                 except Exception:

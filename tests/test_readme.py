@@ -53,6 +53,49 @@ def test_the_count_of_predictions_is_the_gallerys() -> None:
     assert f"{line.partition(' predictions')[0]} predictions hold" in README
 
 
+def result(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / f"experiments/results/{name}/cpu.json").read_text(encoding="utf-8"))
+    return found
+
+
+def said(pattern: str) -> float:
+    """The number of a sentence of README."""
+    (number,) = re.findall(pattern, " ".join(README.split()))
+    return float(number)
+
+
+def test_the_numbers_of_the_law_are_the_committed_ones() -> None:
+    """Each is what was measured, rounded up to the digits that it is told with."""
+    depth = max(abs(row["measured"] - row["predicted"]) for row in result("depth")["rows"])
+    assert 0 <= said(r"follow the law within ([\d.]+) in the exponent for L = 2 … 6") - depth < 0.1
+    normal = max(
+        abs(row["measured"] - row["predicted"]) for row in result("architectures")["rows"] if row["normalised"]
+    )
+    assert 0 <= said(r"follow L_eff within ([\d.]+) over γ from 1 to 1,000") - normal < 0.01
+    assert all(claim["holds"] for claim in result("knee")["claims"]), "the knee is right within half a decade"
+    rows = result("width_transfer")["rows"]
+    field = [row for row in rows if row["form"] == "mean field"]
+    assert said(r"by at most ([\d.]+) × from width 64 to 2,048 at γ = 1 and 30") == pytest.approx(
+        max(row["measured"] for row in field if row["gamma"] in (1.0, 30.0)), abs=0.05
+    )
+    lazy = [row for row in field if row["gamma"] == 0.1]
+    assert said(r"by ([\d.]+) × at γ = 0.1") == pytest.approx(max(row["measured"] for row in lazy), abs=0.05)
+    late = [
+        [rate for width, rate in zip(row["widths"], row["log10_best"], strict=True) if width >= 512] for row in lazy
+    ]
+    assert said(r"\(([\d.]+) × above width 512\)") == pytest.approx(
+        10 ** max(max(rates) - min(rates) for rates in late), abs=0.05
+    )
+    (base,) = [r for r in rows if (r["form"], r["start"], r["optimizer"]) == ("base", "normal", "sgd")]
+    assert said(r"weights N\(0, 1/fan_in\) by ([\d.]+) × \(SGD\)") == pytest.approx(base["measured"], abs=0.05)
+
+
+def test_the_searchs_numbers_are_the_committed_ones() -> None:
+    shares = [row["to_raw"] for row in result("search")["rows"]]
+    assert said(r"takes ([\d.]+) to [\d.]+ of the trials") == pytest.approx(min(shares), abs=0.006)
+    assert said(r"takes [\d.]+ to ([\d.]+) of the trials") == pytest.approx(max(shares), abs=0.006)
+
+
 def test_ci_runs_only_commands_that_readme_shows() -> None:
     script = (ROOT / ".ci/run").read_text(encoding="utf-8")
     commands = re.findall(r"^make \w+", script, flags=re.MULTILINE)

@@ -239,8 +239,10 @@ def loss_of(criterion: LossFunction, output: Tensor, targets: Any) -> Tensor:
 @contextmanager
 def same_draws_after(data: Any) -> Iterator[None]:
     """A loader draws when it is read, an order and a seed: its generators and torch's get their state back."""
-    owners = (data, getattr(data, "sampler", None))
-    own = [made for owner in owners if isinstance(made := getattr(owner, "generator", None), torch.Generator)]
+    sampler = getattr(data, "batch_sampler", None)
+    owners = (data, getattr(data, "sampler", None), sampler, getattr(sampler, "sampler", None))
+    found = (getattr(owner, "generator", None) for owner in owners)
+    own = list({id(made): made for made in found if isinstance(made, torch.Generator)}.values())
     states = [generator.get_state() for generator in own]
     try:
         with torch.random.fork_rng([]):

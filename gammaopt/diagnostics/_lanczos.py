@@ -162,6 +162,7 @@ class Krylov:
         rest, coefficients, norm = self._orthogonal(product)
         column = coefficients.double().cpu().numpy()
         self._matrix[: self.count, self.done] = column
+        self._matrix[self.done, : self.done] = column[: self.done]  # also of a part that a restart had let go
         self._scale = max(self._scale, float(product.norm()))
         self.done += 1
         epsilon = torch.finfo(self._basis.dtype).eps

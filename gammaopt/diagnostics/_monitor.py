@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -177,8 +178,9 @@ class Monitor:
         self._share, self._factor = share, 10.0 ** (1 / per_decade)
         self._seed, self._output, self._clock = seed, output, clock
         self._out = None if out is None else Path(out)
-        if self._out is not None and (self._out / "study.json").exists():
-            raise UsageError(f"out={self._out} is the folder of a study; give a folder for monitored runs")
+        for file, what in (("study.json", "a study"), ("portrait.json", "a portrait")):
+            if self._out is not None and (self._out / file).exists():
+                raise UsageError(f"out={self._out} is the folder of {what}; give a folder for monitored runs")
         self._number: int | None = None  # of this run in its folder
         self._writer = _writer(tensorboard)
         self.measurements: list[Measurement] = []
@@ -243,7 +245,7 @@ class Monitor:
     def _keep(self, loss: Tensor | float, accuracy: Tensor | float | None, step: int) -> None:
         self._losses.add(loss)
         self._shares.add(0.0 if accuracy is None else accuracy)
-        self._told_at.append(step)
+        self._told_at.append(max(step, self._told_at[-1] + 1 if self._told_at else 1))
 
     def measure(self) -> Measurement:
         """Measure now, due or not."""
@@ -302,11 +304,12 @@ class Monitor:
         ``None`` where a second derivative is not finite, which a run that trains well may come by.
         """
         hessian = Curvature(cast("nn.Module", function), self._loss, self._data)
-        try:
-            plain = largest_eigenvalue(hessian, hessian, TOL, SEARCH)
-        except NotFiniteError:
-            return None, None
-        if not isinstance(self.optimizer, torch.optim.SGD) or no_edge(self.optimizer, self.model) is not None:
+        plain = _finite(partial(largest_eigenvalue, hessian, hessian, TOL, SEARCH))
+        if (
+            plain is None
+            or not isinstance(self.optimizer, torch.optim.SGD)
+            or no_edge(self.optimizer, self.model) is not None
+        ):
             return plain, None
         rates = rates_of(self.optimizer, self.model)
         if len(set(rates.values())) == 1:
@@ -317,7 +320,7 @@ class Monitor:
                 for name, p in function.parameters.items()
             ]
         )
-        return plain, largest_eigenvalue(lambda vector: root * hessian(root * vector), hessian, TOL, SEARCH)
+        return plain, _finite(partial(largest_eigenvalue, lambda v: root * hessian(root * v), hessian, TOL, SEARCH))
 
     def _with_meaning(self, function: Function) -> tuple[str, ...]:
         """What to measure of the model as it is now."""
@@ -376,8 +379,11 @@ class Monitor:
         """The record with its steps counted as the monitor counts: that of the n-th loss told is no n-th step."""
         at, curve = record.diverged_at, record.curve
         if told:
-            curve = dataclasses.replace(curve, steps=tuple(self._told_at[n - 1] + self._start for n in curve.steps))
-            at = None if at is None else self._told_at[at - 1] + self._start
+            steps = [
+                step + self._start for step in (*self._told_at, self._told_at[-1] + 1)
+            ]  # the last: found at the end
+            curve = dataclasses.replace(curve, steps=tuple(steps[n - 1] for n in curve.steps))
+            at = None if at is None else steps[at - 1]
         return dataclasses.replace(record, steps=max(1, self.step), diverged_at=at, curve=curve)
 
     def verdict(self) -> str:
@@ -409,6 +415,14 @@ class Monitor:
             where = "below" if last.sharpness_lr < low else "at" if last.sharpness_lr <= high else "past"
             said.append(f"{where} the edge of stability (sharpness × rate: {last.sharpness_lr:.2f} of 2)")
         return "; ".join(said)
+
+
+def _finite(search: Callable[[], float]) -> float | None:
+    """``None`` where a second derivative is not finite."""
+    try:
+        return search()
+    except NotFiniteError:
+        return None
 
 
 def _without_losses(run: Run, steps: int, loss: float, accuracy: float) -> RunRecord:

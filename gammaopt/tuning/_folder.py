@@ -1,6 +1,7 @@
 """The folder of a study: what is in it, who may use it, and how a killed study finds what it had finished.
 
-study.json    the frozen plan, the versions and the git commit it began under, written first; the folder belongs to it
+study.json    the frozen plan, the versions and the git commit it began under, written first; the folder belongs to it.
+              Further commits are those of runs that one process began and another ended
 runs.jsonl    one line for each finished run; a run found here is never trained again
 commits.jsonl the commit of each run that was made under another one
 stack-….pt    the runs in training, one file for each process, while there are some
@@ -186,12 +187,14 @@ class Folder:
         self._commits: RunFile[_Made] = RunFile(path / "commits.jsonl", _made)
         self._others = _by_cell(self._commits.records)
         self._told: set[Cell] = set()  # made elsewhere, under a commit that was said
+        self._begun_before = any(path.glob("stack-*"))  # runs that a killed process was in the midst of
         self.runs = {Cell(record.gamma, record.lr, record.seed): record for record in self._file.records}
 
     def add(self, record: Record) -> None:
         """Keep a finished run before this returns, as :meth:`RunFile.add` does."""
         cell = Cell(record.gamma, record.lr, record.seed)
         if cell not in self._told:
+            self._take_over()
             self._keep_commit(cell, self._commit_here)
         self._file.add(record)
         self.runs[cell] = record
@@ -200,6 +203,16 @@ class Folder:
         """Say which commit a run was made under elsewhere, before it is added; ``None`` if that is not known."""
         self._told.add(cell)
         self._keep_commit(cell, commit)
+
+    def _take_over(self) -> None:
+        """Say that some run, nobody knows which, was begun under the commit of the study, if it ends under another."""
+        begun = self.commits.begun
+        if self._begun_before and begun not in (None, self._commit_here, *self.commits.anywhere):
+            content = _read_json(self.path / "study.json")
+            content["further_commits"] = [*self.commits.anywhere, begun]
+            write_for_user(self.path / "study.json", json.dumps(content, indent=2) + "\n")
+            del self.commits  # read anew
+        self._begun_before = False
 
     def _keep_commit(self, cell: Cell, commit: str | None) -> None:
         if commit != self.commits.of(cell):

@@ -184,7 +184,7 @@ def read_storage(url: str, name: str) -> StudyState:
             records, commits = queue.records(), queue.commits()
             plan, began_under = queue.plan, dict(queue.attrs["versions"])
             runs = _by_cell(record for _, record in records)
-            made_under = {_cell_of(record): commits[name] for name, record in records if name in commits}
+            made_under = {_cell_of(record): commits.get(name) for name, record in records}
             found = _stored(storage, name, plan, runs)
             return StudyState(
                 name,

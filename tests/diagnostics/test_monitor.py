@@ -21,6 +21,7 @@ from gammaopt._files import locked
 from gammaopt.diagnostics import Measurement, Monitor, kernel_target_alignment, ntk, sharpness
 from gammaopt.diagnostics._lanczos import lanczos
 from gammaopt.diagnostics._monitor import MONITORS
+from gammaopt.diagnostics._operator import NotFiniteError
 from gammaopt.online import MLP, RunRecord
 
 X = torch.sign(torch.randn(32, 6, generator=torch.Generator().manual_seed(0)))
@@ -268,6 +269,25 @@ def test_losses_that_are_told_at_some_steps_only_stand_at_those() -> None:
     assert (curve.steps, curve.loss) == ((12, 14, 16), (2.0, 4.0, 6.0))
 
 
+def test_a_run_that_its_last_step_ended_diverged_after_it() -> None:
+    net = MLP(6, 1, width=8)
+    monitor = Monitor(net, torch.optim.SGD(net.parameters(), lr=0.1), "mse", (X, Y), measures=())
+    for loss in (1.0, 0.9, 0.8):
+        monitor(loss)
+    with torch.no_grad():
+        next(net.parameters()).fill_(math.nan)
+    record = monitor.finish()
+    assert (record.diverged_at, record.curve.steps) == (4, (1, 2, 3))
+
+
+def test_steps_ascend_where_losses_are_told_in_both_ways() -> None:
+    net = MLP(6, 1, width=8)
+    monitor = Monitor(net, torch.optim.SGD(net.parameters(), lr=0.1), "mse", (X, Y), measures=())
+    monitor.note(1.0, steps=3)
+    monitor(0.5)
+    assert monitor.finish().curve.steps == (1, 2, 3, 4)
+
+
 def test_a_warm_ups_base_rate_is_that_of_the_record() -> None:
     model, optimizer = fresh()
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 10))
@@ -290,17 +310,32 @@ def test_a_run_waits_for_another_that_writes_and_a_study_is_not_written_into(tmp
         assert not made
     waiting.join(30)
     assert len((tmp_path / "measurements.jsonl").read_text().splitlines()) == 1
-    (tmp_path / "study.json").write_text("{}")
-    with pytest.raises(UsageError, match="is the folder of a study; give a folder for monitored runs"):
-        Monitor(model, optimizer, "mse", (X, Y), measures=(), out=tmp_path)
+    for file, what in (("portrait.json", "a portrait"), ("study.json", "a study")):
+        (tmp_path / file).write_text("{}")
+        with pytest.raises(UsageError, match=f"is the folder of {what}; give a folder for monitored runs"):
+            Monitor(model, optimizer, "mse", (X, Y), measures=(), out=tmp_path)
 
 
-def test_a_curvature_that_is_not_finite_ends_no_training() -> None:
+def test_a_curvature_that_is_not_finite_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Sequential(nn.Linear(6, 1), Norm())
-    monitor = Monitor(net, torch.optim.SGD(net.parameters(), lr=0.1), "mse", (X, Y), measures=("sharpness",))
-    (one,) = monitor.measurements
+    (one,) = Monitor(
+        net, torch.optim.SGD(net.parameters(), lr=0.1), "mse", (X, Y), measures=("sharpness",)
+    ).measurements
     assert math.isfinite(one.loss)
     assert (one.sharpness, one.sharpness_lr) == (None, None)
+    calls: list[Any] = []
+
+    def second_fails(*args: Any) -> float:
+        calls.append(args)
+        if len(calls) == 2:
+            raise NotFiniteError("it is not finite")
+        return 1.0
+
+    monkeypatch.setattr("gammaopt.diagnostics._monitor.largest_eigenvalue", second_fails)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 1))
+    rates = [{"params": part.parameters(), "lr": lr} for part, lr in zip(net, (0.1, 0.2), strict=True)]
+    (one,) = Monitor(net, torch.optim.SGD(rates), "mse", (X, Y), measures=("sharpness",)).measurements
+    assert (one.sharpness, one.sharpness_lr) == (1.0, None)
 
 
 def test_the_score_at_the_end_counts_as_spent() -> None:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import gammaopt
 from gammaopt import UsageError
@@ -214,10 +214,14 @@ def test_float32_products_converge_as_far_as_their_rounding_allows() -> None:
 def test_a_basis_that_copies_fill_loses_no_wanted_pair_and_stays_orthogonal(k: int, basis: int) -> None:
     net, data = nn.Linear(4, 12, bias=False), (draw(30, 4), draw(30, 12))  # each eigenvalue twelve times
     values = leading(dense(net, CRITERIA["mse"], data), 12, "largest")
-    found = hessian_eigenvalues(net, "mse", data, k=k, basis=basis, max_products=600)
+    found = hessian_eigenvalues(net, "mse", data, k=k, basis=basis, max_products=600, vectors=True)
     np.testing.assert_allclose(found.values, values[:k], rtol=1e-5)
-    assert found.converged or found.products == 600  # five vectors more than pairs leave a look little room
-    assert found.converged or basis < k + 8
+    assert found.converged == (basis == 16)  # five vectors more than pairs leave a look little room
+    assert found.vectors is not None
+    pairs = found.vectors.numpy()
+    np.testing.assert_allclose(pairs.T @ pairs, np.eye(k), atol=1e-9)
+    lost = np.linalg.norm(dense(net, CRITERIA["mse"], data).numpy() @ pairs - pairs * found.values, axis=0)
+    assert np.all(lost <= 1.01 * found.residuals + 1e-12)
 
 
 def test_a_second_derivative_that_is_not_finite_is_named() -> None:
@@ -239,12 +243,17 @@ def test_a_second_derivative_that_is_not_finite_is_named() -> None:
 
 def test_a_loaders_own_draws_are_given_back() -> None:
     model, loss, (x, y) = mlp(1.0, 3)
-    own = torch.Generator().manual_seed(3)
-    loader = DataLoader(TensorDataset(x, y), 16, shuffle=True, generator=own)
-    before, everybodys = own.get_state(), torch.get_rng_state()
-    hessian_eigenvalues(model, loss, loader, k=1)
-    assert torch.equal(own.get_state(), before)
-    assert torch.equal(torch.get_rng_state(), everybodys)
+    own, dataset = torch.Generator().manual_seed(3), TensorDataset(x, y)
+    sampler = RandomSampler(dataset, generator=own)
+    for loader in (
+        DataLoader(dataset, 16, shuffle=True, generator=own),
+        DataLoader(dataset, 16, sampler=sampler),
+        DataLoader(dataset, batch_sampler=BatchSampler(sampler, 16, drop_last=False)),
+    ):
+        before, everybodys = own.get_state(), torch.get_rng_state()
+        hessian_eigenvalues(model, loss, loader, k=1)
+        assert torch.equal(own.get_state(), before)
+        assert torch.equal(torch.get_rng_state(), everybodys)
 
 
 def test_an_instance_norm_is_in_the_mode_of_the_model() -> None:

@@ -18,7 +18,7 @@ def test_a_failing_task_ends_the_queue_and_what_ran_beside_it_is_kept(tmp_path: 
         resumed(time.sleep, tasks, kept, 2)
     names = [json.loads(line)[0] for line in kept.read_text().splitlines()]
     assert "0" in names
-    assert len(names) < 10
+    assert len(names) <= 4  # one ran beside it, and three were handed out
 
 
 def test_ctrl_c_ends_the_processes_and_keeps_what_was_done() -> None:

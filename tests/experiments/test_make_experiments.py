@@ -25,6 +25,7 @@ def make(venv: Path, *words: str, fails: str = "none") -> subprocess.CompletedPr
     for stamp in (".made", ".test"):
         (venv / stamp).touch()
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    env["DATA"] = "/somebody/elses"  # a variable of the shell is none of make's command line
     command = ["make", "experiments", f"VENV={venv}", *words]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
@@ -36,6 +37,7 @@ def test_what_failed_is_told_after_all_have_run(fails: str, tmp_path: Path) -> N
     assert made.stdout.splitlines()[-1] == f"failed: {fails}"
     ran = {line.split()[1] for line in made.stdout.splitlines() if line.startswith("ran ")}
     assert ran == {f"experiments/{name}.py" for name in (*ORDER, "gallery")}
+    assert "--data" not in made.stdout
 
 
 def test_the_preset_paper_has_its_data_and_is_refused_without(tmp_path: Path) -> None:

@@ -111,6 +111,23 @@ def test_of_runs_that_were_made_elsewhere_the_commit_there_counts(
     assert [state.commits.under([cell]) for cell in state.runs] == [["B"], [], ["A"]]
 
 
+def test_runs_that_another_commit_had_begun_are_told_of_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = Cell(1.0, 0.5, 0)
+    record = RunRecord(cell.gamma, cell.lr, cell.seed, 2, 1.0, 0.5, 1.0, 0.5, 1.0, None, Curve((), (), ()))
+    for name, stack in (("none", ()), ("begun", ("stack-1.pt",))):
+        monkeypatch.setattr(_folder, "git_commit", lambda _: "A")
+        with opened(tmp_path / name, PLAN):
+            pass
+        for file in stack:  # a process was killed in the midst of it
+            (tmp_path / name / file).write_bytes(b"")
+        monkeypatch.setattr(_folder, "git_commit", lambda _: "B")
+        with opened(tmp_path / name, PLAN) as folder:
+            folder.add(record)
+            expected = ["A", "B"] if stack else ["B"]
+            assert folder.commits.under([cell]) == expected
+        assert read_folder(tmp_path / name).commits.under([cell]) == expected
+
+
 def test_a_search_that_began_on_another_grid_is_refused(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = (begun / "runs.jsonl").read_bytes()
     monkeypatch.setattr("gammaopt.tuning._space.Space.digest", lambda *_: "another")

@@ -267,7 +267,7 @@ def name(row: dict[str, Any]) -> str:
 
 def picture(rows: list[dict[str, Any]]) -> Figure:
     """Best rate against width, over its value at the smallest one: a level line transfers."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, optimizer in zip(panels, ("sgd", "adam"), strict=True):
         for row in (row for row in rows if row["optimizer"] == optimizer):
@@ -284,7 +284,7 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
         axes.set_title(optimizer, fontsize=10)
         axes.grid(alpha=0.25)
         if axes.lines:
-            axes.legend(frameon=False, fontsize=8)
+            axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     panels[0].set_ylabel("best rate / best rate at the smallest width")
     return figure
 

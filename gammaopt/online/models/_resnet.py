@@ -4,8 +4,8 @@ A stage halves the image and doubles the channels, but for the first. In mean-fi
 a = (C_in·9)^(-1/2), the readout 1/(8·width), and gains and biases of the norms are trained at N·η.
 The norms undo the scale of all convolutions, so that the depth is 2, gains and readout, however many layers there are:
 ``effective_depth`` measures 2.00, and ``wrap`` uses γ^(2/L_eff) = γ^1. The stable edge on ``photos`` at width 4,
-measured at γ = 1, 30 and 1,000 for two seeds, has slope 1.12 over all (95 %: 1.03 … 1.21), 1.20 from 1 to 30 and 1.04
-from 30 to 1,000: a little steeper than the law (2026-11-26, ``experiments/architectures.py``).
+measured at γ = 1, 30 and 1,000 for three seeds, has slope 1.07 over all (95 %: 0.86 … 1.27), 1.30 from 1 to 30 and 0.84
+from 30 to 1,000 (2026-11-26, ``experiments/architectures.py``).
 Source: He, Zhang, Ren, Sun, "Deep residual learning for image recognition", CVPR 2016, section 4.2.
 """
 

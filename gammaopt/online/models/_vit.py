@@ -8,8 +8,8 @@ needs it. Attention is written out: torch's fused kernels have no second derivat
 The last norm undoes the scale of the stream before it, so that the depth is no number of blocks: with two blocks of
 width 32 in mean-field form ``effective_depth`` measures 1.7 to 2.3 at initialisation, 2.05 in the mean. ``wrap`` uses
 the one of its network: s(γ) = γ^(2/L) at γ = 1,000 is 370 to 3,000, 8 × apart between seeds. So give ``depth=2``, gains
-and readout, which is γ^1 for each seed. The stable edge on ``photos``, measured at γ = 1, 30 and 1,000, has slope 1.03
-over all (95 %: 0.80 … 1.26) but is no such power: 1.31 from 1 to 30 and 0.76 from 30 to 1,000 (2026-11-26,
+and readout, which is γ^1 for each seed. The stable edge on ``photos``, measured at γ = 1, 30 and 1,000, has slope 0.93
+over all (95 %: 0.80 … 1.06) but is no such power: 1.32 from 1 to 30 and 0.56 from 30 to 1,000 (2026-11-26,
 ``experiments/architectures.py``).
 Source: Dosovitskiy et al., "An image is worth 16×16 words", ICLR 2021.
 """

@@ -8,8 +8,9 @@ What it shows: `mup.make_base_shapes` writes the shapes of the network that was 
 them: your plain torch layers and initialisation, no MuReadout, no other optimizer. γ may differ between the two.
 What to expect: 73 to 78 % on held-out digits (on two processors) at the narrow network's best rate, which with base
 shapes costs at most 0.01 of online loss against the wide one's best; without them ("plain") the best rate of AdamW is
-three to nine times smaller, and the narrow one's costs 0.22 (0.87 to 0.89 against 0.65 to 0.67). On a budget as short as the smoke preset's, plain at a rate of
-its own learns faster: it is lazier, and laziness pays early (see gamma_study.py).
+three to nine times smaller, and the narrow one's costs 0.22 (0.87 to 0.89 against 0.65 to 0.67). On a budget as short
+as the smoke preset's, plain at a rate of its own learns faster: it is lazier, and laziness pays early (see
+gamma_study.py).
 """
 
 from __future__ import annotations

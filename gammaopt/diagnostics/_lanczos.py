@@ -352,6 +352,7 @@ def lanczos(
         complete = len(ritz.values) == wanted
         converged = complete and bool(np.all(ritz.errors <= allowed))
         if not (ended or converged):
+            look = None  # what it found converges with the rest, and so does a pair whose gap it has shown to be small
             continue
         if converged and before is not None and not _moved(before, ritz, allowed):
             looked = True

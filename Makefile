@@ -56,9 +56,9 @@ clean:  ## remove .venv and caches; results of studies stay
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than 3.11; run: make PYTHON=/path/to/python3.11 …"; exit 1; }
-	$(PYTHON) -m venv $(VENV) || \
+	@$(PYTHON) -m venv $(VENV) || \
 		{ echo "$(PYTHON) can't make a virtual environment; on Debian or Ubuntu run: apt install python3-venv"; exit 1; }
-	touch $@
+	@touch $@
 
 $(VENV)/.demo: $(VENV)/.made pyproject.toml
 	@echo "Installing into $(VENV); torch is several GB: about 3 minutes …"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -115,6 +116,12 @@ def submit(job: Job, cluster: str = "slurm") -> list[str]:
     return [f"worker {made.job_id}: {made.paths.stderr}" for made in jobs]
 
 
+def program() -> str:
+    """The command of this environment, which a job's shell may not have on its path."""
+    beside = Path(sys.executable).with_name("gammaopt")
+    return str(beside) if beside.exists() else "gammaopt"
+
+
 def sbatch_text(job: Job) -> str:
     """The sbatch file of the array. A password stays out of it: the URL is then taken from the environment."""
     from gammaopt.tuning._search import has_secrets
@@ -128,7 +135,7 @@ def sbatch_text(job: Job) -> str:
         **({"mem": f"{round(1024 * job.memory_gb)}M"} if job.memory_gb is not None else {}),
         **({"partition": shlex.quote(job.partition)} if job.partition is not None else {}),
     }  # fmt: skip
-    words = ["srun", "gammaopt", "worker", "--study", job.study, "--checkpoints", str(job.checkpoints)]
+    words = ["srun", program(), "worker", "--study", job.study, "--checkpoints", str(job.checkpoints)]
     words += ["--checkpoint-every", f"{job.checkpoint_seconds:g}"]
     words += ["--idle", f"{job.idle_seconds:g}"] if job.idle_seconds is not None else []
     hint = f"# Slurm makes no folder for logs: mkdir -p {shlex.quote(str(job.folder))} before sbatch."

@@ -115,7 +115,8 @@ def confirm(
         str | None, typer.Option(metavar="FILE.py:NAME", help="The function that a study of your own trains with.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="File for the report.", show_default="confirm-SEEDS.html in the folder")
+        Path | None,
+        typer.Option(help="File for the report.", show_default="[NAME-]confirm-SEEDS.html"),
     ] = None,
     json: Json = False,
 ) -> None:

@@ -82,7 +82,12 @@ def tune(
     octaves: Annotated[float, typer.Option(help="Rates searched on either side of the task's.")] = 5.0,
     sampler: Annotated[str, typer.Option(help="tpe or gp, after Sobol start points.")] = "tpe",
     storage: Annotated[
-        str | None, typer.Option(metavar="URL", help="Optuna storage.", show_default="SQLite in the study's folder")
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Optuna storage; with --study from GAMMAOPT_STORAGE too.",
+            show_default="SQLite in the study's folder",
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the study.", show_default="runs/TASK-LOSS-OPTIMIZER-STEPS")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import pickle
+import shlex
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gammaopt import UsageError
-from gammaopt._slurm import Job, Work, sbatch_text, submit
+from gammaopt._slurm import Job, Work, program, sbatch_text, submit
 
 JOB = Job(
     "postgresql+psycopg://db/gammaopt", "digits two", 8, 90, "long", 2, 1, 4.5, Path("logs"), Path("ck"), 30.0, None
@@ -27,9 +29,10 @@ def test_the_sbatch_file_says_it_all_and_is_a_shell_script(tmp_path: Path) -> No
         assert f"#SBATCH {line}\n" in text
     assert text.startswith("#!/bin/bash\n#SBATCH ")
     assert (
-        "srun gammaopt worker --study 'digits two' --checkpoints ck --checkpoint-every 30 "
+        f"srun {shlex.quote(program())} worker --study 'digits two' --checkpoints ck --checkpoint-every 30 "
         "--storage postgresql+psycopg://db/gammaopt\n" in text
     )
+    assert program() == "gammaopt" or Path(program()).parent == Path(sys.executable).parent
     assert "mkdir -p logs before sbatch" in text  # without it Slurm fails each job, and says so nowhere
     (tmp_path / "job.sh").write_text(text)
     assert subprocess.run(["bash", "-n", tmp_path / "job.sh"], check=False).returncode == 0

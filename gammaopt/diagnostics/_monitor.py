@@ -387,9 +387,14 @@ class Monitor:
         return dataclasses.replace(record, steps=max(1, self.step), diverged_at=at, curve=curve)
 
     def verdict(self) -> str:
-        """In words, which regime the last measurement shows."""
+        """In words, which regime the last measurement shows, and of which step it is."""
         first, last = self.measurements[0], self.measurements[-1]
-        said = [f"step {last.step}"]
+        said = [f"step {last.step}" + (f" of {self.step} so far" if self.step > last.step else "")]
+        if len(self.measurements) == 1 and self.step > last.step and self._share is not None:
+            return (
+                f"{said[0]}: nothing was measured since, for share={self._share:g} of these steps' time is less than "
+                f"the {self._cost:.2g} s that a measurement takes; give a larger share, or None"
+            )
         if not math.isfinite(last.loss):
             return f"{said[0]}: diverged"
         moved = first.loss - last.loss > MOVED * abs(first.loss)

@@ -266,7 +266,7 @@ def cannot_open(url: str, error: Exception) -> UsageError:
     if isinstance(error, sqlalchemy.exc.NoSuchModuleError):  # postgres://, as some providers write it
         return UsageError(f"the storage {shown} is of no known kind; for PostgreSQL write postgresql+psycopg://…")
     if _sqlstate(error) == NO_TABLE:  # Optuna's
-        return UsageError(f"{shown} holds no study; start the coordinator first")
+        return UsageError(f"{shown} holds no study yet; wait for the 0 % of `gammaopt tune … --study NAME`")
     fix = _remedy(error) or "start its server, or give another --storage"
     return UsageError(f"the storage {shown} can't be opened ({reason_of(error)}); {fix}")
 

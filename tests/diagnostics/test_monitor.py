@@ -123,7 +123,7 @@ def test_sharpness_times_rate_is_in_units_of_the_edge(settings: dict[str, Any], 
 
 def said(*measured: Measurement) -> str:
     monitor = object.__new__(Monitor)
-    monitor.measurements = list(measured)
+    monitor.measurements, monitor.step, monitor._share = list(measured), measured[-1].step, None
     return monitor.verdict()
 
 
@@ -278,6 +278,17 @@ def test_a_run_that_its_last_step_ended_diverged_after_it() -> None:
         next(net.parameters()).fill_(math.nan)
     record = monitor.finish()
     assert (record.diverged_at, record.curve.steps) == (4, (1, 2, 3))
+
+
+def test_a_share_that_allows_one_measurement_gives_no_verdict_on_the_run() -> None:
+    model, optimizer = fresh()
+    monitor = Monitor(model, optimizer, "mse", (X, Y), share=1e-6, clock=Clock(1.0))
+    fit(model, optimizer, monitor, 5)
+    assert len(monitor.measurements) == 1
+    assert monitor.verdict() == (
+        "step 0 of 5 so far: nothing was measured since, for share=1e-06 of these steps' time is less than the "
+        "1 s that a measurement takes; give a larger share, or None"
+    )
 
 
 def test_steps_ascend_where_losses_are_told_in_both_ways() -> None:

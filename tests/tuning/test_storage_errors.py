@@ -116,7 +116,7 @@ def test_a_server_that_is_away_or_asks_for_another_try_is_waited_for(storage: Pa
 
 def test_a_missing_table_and_a_missing_database_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     for error, message in {
-        NO_TABLE: "holds no study; start the coordinator first",
+        NO_TABLE: "holds no study yet; wait for the 0 % of `gammaopt tune … --study NAME`",
         NO_DATABASE: r'can\'t be opened \(.*database "db" does not exist\); create that database, or give another',
     }.items():
         fails = Mock(side_effect=wrapped(error))

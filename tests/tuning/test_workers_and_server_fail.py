@@ -412,5 +412,5 @@ def test_a_name_that_another_study_has_is_refused(database: str) -> None:
 
 
 def test_a_worker_before_any_study_says_so(database: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no study; start the coordinator first"):
+    with pytest.raises(UsageError, match="holds no study yet; wait for the 0 % of `gammaopt tune … --study NAME`"):
         work(database, "mine", checkpoints=tmp_path)

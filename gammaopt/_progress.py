@@ -50,16 +50,27 @@ def after_line(line: str | None, show: Callable[[Progress], None]) -> Callable[[
     return told
 
 
+def tenths() -> Callable[[int, int], int | None]:
+    """The percent of (done, total), in tens, when a new tenth has begun; else ``None``: a log wants no line a step."""
+    said = -1
+
+    def percent(done: int, total: int) -> int | None:
+        nonlocal said
+        tenth, last = 10 * done // total, said
+        said = tenth
+        return None if tenth == last else 10 * tenth
+
+    return percent
+
+
 @contextmanager
 def runs_progress() -> Iterator[Callable[[int, int], None]]:
     """What shows on stderr how many of some runs are done: a bar on a terminal, a line for each tenth elsewhere."""
-    console, said = Console(stderr=True), -1
+    console, percent = Console(stderr=True), tenths()
 
     def line(done: int, total: int) -> None:
-        nonlocal said
-        if total and (tenth := 10 * done // total) != said:
-            said = tenth
-            on_stderr(f"{10 * tenth} % · confirming · {done}/{total} runs")
+        if total and (now := percent(done, total)) is not None:
+            on_stderr(f"{now} % · confirming · {done}/{total} runs")
 
     if not console.is_terminal:
         yield line
@@ -125,17 +136,14 @@ class _PlainLines:
     """One line for each tenth of the study, for logs."""
 
     def __init__(self, console: Console, plan: Plan) -> None:
-        self._console, self._plan, self._tenth = console, plan, -1
+        self._console, self._plan, self._percent = console, plan, tenths()
 
     def __call__(self, progress: Progress) -> None:
-        tenth = 10 * progress.runs // progress.runs_total
-        if tenth == self._tenth:
+        percent = self._percent(progress.runs, progress.runs_total)
+        if percent is None:
             return
-        self._tenth = tenth
         self._console.print(
-            f"{10 * tenth} % · {_STAGES[progress.stage]} · {_done(progress)} · {_best(progress, self._plan)}".rstrip(
-                " ·"
-            ),
+            f"{percent} % · {_STAGES[progress.stage]} · {_done(progress)} · {_best(progress, self._plan)}".rstrip(" ·"),
             highlight=False,
             markup=False,
         )

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from gammaopt._errors import UsageError
-from gammaopt._progress import after_line, range_line, study_progress
+from gammaopt._progress import after_line, range_line, study_progress, tenths
 from gammaopt._study_commands import COMMANDS
 from gammaopt._terminal import on_stderr, usage_errors
 from gammaopt._worker_command import slurm, worker
@@ -244,8 +244,7 @@ def _run_steps(quiet: bool) -> Iterator[Callable[[RunSteps], None]]:
     from rich.progress import Progress as Bar
 
     console = Console(stderr=True)
-    start = time.monotonic()
-    said = -1
+    start, percent = time.monotonic(), tenths()
 
     def speed(progress: RunSteps) -> str:
         now = progress.done - progress.restored
@@ -254,11 +253,8 @@ def _run_steps(quiet: bool) -> Iterator[Callable[[RunSteps], None]]:
     if quiet or not console.is_terminal:
 
         def line(progress: RunSteps) -> None:
-            nonlocal said
-            tenth = 10 * progress.done // progress.total
-            if not quiet and tenth != said:
-                typer.echo(f"{10 * tenth} % · {speed(progress)}", err=True)
-            said = tenth
+            if not quiet and (now := percent(progress.done, progress.total)) is not None:
+                typer.echo(f"{now} % · {speed(progress)}", err=True)
 
         yield line
         return

@@ -30,7 +30,6 @@ from gammaopt.online.train import FAMILIES
 
 FOLDER = Path(__file__).parents[1] / "results" / "surrogates"
 GAMMAS = tuple(10.0 ** (k / 3 - 2) for k in range(16))  # 0.01 … 1,000, three to a decade
-FINE = tuple(k / 4 - 5 for k in range(33))
 OCTAVES = (-9, -8, -7, -6, *(k / 2 - 5 for k in range(21)), 6, 7)
 
 

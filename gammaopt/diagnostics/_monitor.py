@@ -30,10 +30,11 @@ from gammaopt._files import locked
 from gammaopt._laws import EtaLaw
 from gammaopt._plan import Plan
 from gammaopt._probe import Inputs, Output
+from gammaopt.diagnostics._edge import no_edge, rates_of
 from gammaopt.diagnostics._function import Batches, Function, LossFunction, loss_function, loss_of, undisturbed
 from gammaopt.diagnostics._kernels import centred_kernel_alignment, feature_kernel, kernel_target_alignment, ntk
 from gammaopt.diagnostics._operator import Curvature, NotFiniteError
-from gammaopt.diagnostics._spectrum import largest_eigenvalue, no_edge, rates_of
+from gammaopt.diagnostics._spectrum import largest_eigenvalue
 from gammaopt.diagnostics._told import Told
 from gammaopt.online._losses import hits
 from gammaopt.online._run_file import RunFile
@@ -240,9 +241,10 @@ class Monitor:
             steps: how many they stand for, those after the last that was noted.
         """
         for _ in range(steps):
-            self._keep(loss, accuracy, self._told_at[-1] + 1 if self._told_at else 1)
+            self._keep(loss, accuracy)
 
-    def _keep(self, loss: Tensor | float, accuracy: Tensor | float | None, step: int) -> None:
+    def _keep(self, loss: Tensor | float, accuracy: Tensor | float | None, step: int = 1) -> None:
+        """Keep what was told of a step, from 1: of that one, or of the next after the last that was told, if later."""
         self._losses.add(loss)
         self._shares.add(0.0 if accuracy is None else accuracy)
         self._told_at.append(max(step, self._told_at[-1] + 1 if self._told_at else 1))
@@ -379,9 +381,8 @@ class Monitor:
         """The record with its steps counted as the monitor counts: that of the n-th loss told is no n-th step."""
         at, curve = record.diverged_at, record.curve
         if told:
-            steps = [
-                step + self._start for step in (*self._told_at, self._told_at[-1] + 1)
-            ]  # the last: found at the end
+            last = self._told_at[-1] + 1  # a divergence that only the end has shown
+            steps = [step + self._start for step in (*self._told_at, last)]
             curve = dataclasses.replace(curve, steps=tuple(steps[n - 1] for n in curve.steps))
             at = None if at is None else steps[at - 1]
         return dataclasses.replace(record, steps=max(1, self.step), diverged_at=at, curve=curve)

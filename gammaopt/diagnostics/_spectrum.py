@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from gammaopt._errors import UsageError, at_least, one_of, positive, require
 from gammaopt._probe import Output
+from gammaopt.diagnostics._edge import rates_of
 from gammaopt.diagnostics._function import DOUBLE, Data, LossFunction
 from gammaopt.diagnostics._lanczos import Array, Krylov, Which, lanczos
 from gammaopt.diagnostics._operator import Curvature, Matrix, Reduction
-from gammaopt.optim._multipliers import Multipliers
 
 Method = Literal["lanczos", "eigsh"]
 BASIS_BYTES = 2**30  # for the vectors of a Lanczos basis
@@ -144,8 +144,7 @@ def hessian_eigenvalues(
     if k > n:
         raise UsageError(f"k={k} is more than the {n} trainable parameters; give at most {n}")
     capacity = _affordable(n, k, most) if basis is None else min(n, at_least("basis", basis, k + 5))
-    draw = torch.Generator().manual_seed(seed)
-    start = _on_device(torch.randn(n, generator=draw, dtype=torch.float64), operator)
+    start, draw = _start(operator, seed)
     if method == "eigsh":
         return _eigsh(operator, start, k, which, tol, most, min(n, capacity, max(2 * k + 20, 60)), vectors)
     found = lanczos(
@@ -160,14 +159,19 @@ def hessian_eigenvalues(
 
 def largest_eigenvalue(multiply: Callable[[Tensor], Tensor], like: Curvature, tol: float, max_products: int) -> float:
     """λ_max of a symmetric matrix on the space of ``like``, of which only products are known."""
-    draw = torch.Generator().manual_seed(0)
-    start = _on_device(torch.randn(like.size, generator=draw, dtype=torch.float64), like)
+    start, draw = _start(like, 0)
     capacity = _affordable(like.size, 1, max_products)
     found = lanczos(
         multiply, start, 1, "largest",
         tol=tol, max_products=max_products, capacity=capacity, generator=draw, vectors=False,
     )  # fmt: skip
     return float(found.ritz.values[0])
+
+
+def _start(operator: Curvature, seed: int) -> tuple[Tensor, torch.Generator]:
+    """A random first vector, and the generator for those that join later."""
+    draw = torch.Generator().manual_seed(seed)
+    return _on_device(torch.randn(operator.size, generator=draw, dtype=torch.float64), operator), draw
 
 
 def _affordable(n: int, k: int, products: int) -> int:
@@ -395,80 +399,6 @@ def _operator(
         )
     rates = None if optimizer is None else rates_of(optimizer, model)
     return Curvature(model, loss, data, rates=rates, **settings)
-
-
-def rates_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, float]:
-    r"""Parameter name → the rate at which ``optimizer`` steps it now; 0 for one that it doesn't hold.
-
-    In units of half of its edge of stability, which is what the rate would be without momentum. On ℓ = λw²/2 the
-    step w, m → w′, m′ has an eigenvalue −1, and so oscillates for ever, at
-
-        ηλ = 2(1 + β)/(1 − τ)  for m′ = βm + (1 − τ)λw, w′ = w − ηm′
-        ηλ = (2 + 2β)/(1 + 2β)  for Nesterov's w′ = w − η(λw + βm′), m′ = βm + λw
-
-    Raises:
-        UsageError: if none of the model's parameters is in it, or it has no one edge (:func:`no_edge`).
-    """
-    model = getattr(model, "_orig_mod", model)
-    names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    effective = iter(_in_order(optimizer)) if isinstance(optimizer, Multipliers) else None
-    rates: dict[str, float] = {}
-    held = {id(parameter) for parameter in model.parameters()}
-    found = False
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            rate = float(group["lr"]) if effective is None else next(effective)
-            found = found or id(parameter) in held
-            if id(parameter) in names:  # a schedule's last rate may be below 0 by rounding
-                rates[names[id(parameter)]] = max(0.0, rate) * _without_momentum(group)
-    if not found:
-        raise UsageError(
-            f"this {type(optimizer).__name__} holds no parameter of {type(model).__name__}; give the one that trains it"
-        )
-    reason = no_edge(optimizer, model)
-    if reason is not None:
-        raise UsageError(reason)
-    return {name: rates.get(name, 0.0) for name in names.values()}
-
-
-def no_edge(optimizer: torch.optim.Optimizer, model: nn.Module) -> str | None:
-    """Why the SGD that steps ``model`` has no one edge of stability; ``None`` if it has.
-
-    Two momenta couple the directions of the Hessian, and no eigenvalue of one matrix tells where that turns unstable.
-    """
-    ours = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    groups = [group for group in optimizer.param_groups if any(id(parameter) in ours for parameter in group["params"])]
-    if any(group.get("maximize") for group in groups):
-        return (
-            f"this {type(optimizer).__name__} maximises, and the edge of stability is that of descent; "
-            "minimise the negative loss instead, or leave optimizer= out"
-        )
-    momenta = sorted({(float(group.get("momentum", 0.0)), bool(group.get("nesterov"))) for group in groups})
-    if len(momenta) > 1:
-        told = " and ".join(f"{beta:g}{' (Nesterov)' if nesterov else ''}" for beta, nesterov in momenta)
-        return (
-            f"this {type(optimizer).__name__} has the momenta {told}, and no one edge of stability; "
-            "give all groups one momentum, or leave optimizer= out"
-        )
-    return None
-
-
-def _without_momentum(group: dict[str, Any]) -> float:
-    """2 over the edge of a group's SGD, see :func:`rates_of`; torch dampens with a momentum only."""
-    beta = float(group.get("momentum", 0.0))
-    if group.get("nesterov"):
-        return (1 + 2 * beta) / (1 + beta)
-    return (1 - float(group.get("dampening", 0.0))) / (1 + beta) if beta else 1.0
-
-
-def _in_order(optimizer: Multipliers) -> list[float]:
-    """The effective rate of each parameter of a gammaopt optimizer, group by group."""
-    optimizer.effective_lrs()  # looks the plans up again
-    return [
-        float(group["lr"]) * scale.lr
-        for group, own in zip(optimizer.param_groups, optimizer._scales, strict=True)
-        for scale in own.scales
-    ]
 
 
 def _on_device(vectors: Tensor, operator: Curvature) -> Tensor:
